@@ -1,0 +1,1 @@
+"""Load models and reports of `weft bench`."""

@@ -1,0 +1,1 @@
+"""C++ for the CPU behind a plain C interface, loaded with ctypes."""

@@ -1,0 +1,1 @@
+"""One module per model family: checkpoint configuration and names to a `DecoderSpec`."""

@@ -1,0 +1,1 @@
+"""The mathematics a decoder is made of."""

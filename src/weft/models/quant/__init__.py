@@ -1,0 +1,1 @@
+"""Weight formats: how to recognise, read and apply them."""

@@ -1,0 +1,1 @@
+"""Finding and reading checkpoint files; nothing here executes what it reads."""

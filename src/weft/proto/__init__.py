@@ -1,0 +1,1 @@
+"""The wire: generated stubs, and `convert` between core values and messages."""

@@ -1,0 +1,1 @@
+"""HTTP in, one stream out. Owns each open request; never loads torch, never sees a block."""

@@ -1,0 +1,1 @@
+"""One forward step on this rank: plan in, result out."""
