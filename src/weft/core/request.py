@@ -34,7 +34,7 @@ class FinishReason(StrEnum):
     """Why a sequence ended; the first three are the values TGI's native API shows."""
 
     LENGTH = "length"
-    EOS_TOKEN = "eos_token"
+    EOS_TOKEN = "eos_token"  # noqa: S105 - a reason, not a secret
     STOP_SEQUENCE = "stop_sequence"
     ABORT = "abort"
 

@@ -1,0 +1,1 @@
+"""Generated from proto/weft/v1; `make proto` writes it again."""
