@@ -1,0 +1,66 @@
+"""What a shard says about itself: once (`EngineInfo`), after each step (`EngineStats`), when asked (`EngineHealth`)."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What is served and with which limits. Constant while a shard lives."""
+
+    model_id: str
+    revision: str = ""
+    model_type: str = ""
+    num_parameters: int = 0
+    dtype: str = ""
+    quantization: str = ""
+    device_type: str = "cpu"
+    device_name: str = ""
+    kernel_set: str = ""
+    """Instruction set or kernel set in use, for people."""
+    vocab_size: int
+    max_total_tokens: int
+    """Longest sequence, prompt and completion together."""
+    max_batch_prefill_tokens: int = 0
+    max_batch_total_tokens: int = 0
+    max_num_sequences: int = 0
+    block_size_tokens: int = 0
+    num_blocks: int = 0
+    weights_bytes: int = 0
+    kv_pool_bytes: int = 0
+    activation_bytes: int = 0
+    free_bytes: int = 0
+    prefix_caching: bool = True
+    batch_invariant: bool = False
+    """A request's tokens do not depend on what shares its batch."""
+    world_size: int = 1
+    fingerprint: str = ""
+    """Hash of weights, configuration and kernel set; equal fingerprints give equal tokens."""
+    phases: tuple[tuple[str, float], ...] = field(default=())
+    """(start-up phase, seconds) in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """State after a step. Counters count since the process started."""
+
+    num_steps: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    used_blocks: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    step_decode_rows: int = 0
+    step_prefill_rows: int = 0
+    step_tokens: int = 0
+    step_elapsed_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineHealth:
+    """Whether the engine can take requests, and how long ago it last made progress."""
+
+    is_ready: bool
+    stalled_ns: int = 0
