@@ -1,0 +1,27 @@
+"""Every setting, once.
+
+    options.py          kinds of settings, and what a row of the table says
+    settings.py         the table
+    resolve.py          flags, environment and file → Settings, all faults reported together
+    contradictions.py   settings that do not go together
+    store.py            Settings on their way to the children
+
+Why a table of our own: docs/adr/0006-config-table.md.
+"""
+
+from weft.config.resolve import Resolution, resolve, resolve_with_origins
+from weft.config.settings import DEFAULT_MODEL, GROUPS, Settings, default_of, options
+from weft.config.store import load_settings, save_settings
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "GROUPS",
+    "Resolution",
+    "Settings",
+    "default_of",
+    "load_settings",
+    "options",
+    "resolve",
+    "resolve_with_origins",
+    "save_settings",
+]

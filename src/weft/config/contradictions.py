@@ -1,0 +1,84 @@
+"""Settings that are right alone and wrong together, or that name something that is not there."""
+
+import ipaddress
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from weft.config.options import quoted
+from weft.config.settings import Settings, options
+
+
+def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]]) -> Iterator[str]:
+    """Settings that are right alone and wrong together, or that name something that is not there."""
+    s = settings
+    if s.max_input_tokens is not None and s.max_total_tokens is not None and s.max_input_tokens >= s.max_total_tokens:
+        yield (
+            f"--max-input-tokens ({s.max_input_tokens}) must be less than --max-total-tokens ({s.max_total_tokens}): "
+            "a completion needs at least one token."
+        )
+    if s.max_batch_total_tokens is not None:
+        for name in ("max_total_tokens", "max_batch_prefill_tokens"):
+            value = getattr(s, name)
+            if value is not None and value > s.max_batch_total_tokens:
+                yield (
+                    f"{options()[name].flag} ({value}) must not exceed --max-batch-total-tokens "
+                    f"({s.max_batch_total_tokens})."
+                )
+    if s.sharded and s.num_shard == 1:
+        yield "--sharded true needs --num-shard of at least 2, or none. Given: 1."
+    if s.block_size_tokens is not None and s.block_size_tokens & (s.block_size_tokens - 1):
+        yield f"--block-size-tokens: must be a power of two from 8 to 256. Given: {s.block_size_tokens}."
+    if s.tenant_header is not None and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", s.tenant_header):
+        yield f"--tenant-header: must be the name of a header. Given: {quoted(s.tenant_header)}."
+    if s.api_key is not None and not (s.api_key.isascii() and s.api_key.isprintable()):
+        yield "--api-key: must be printable ASCII, as HTTP headers are. Given: a secret."
+    if not s.hub_endpoint.startswith(("http://", "https://")):
+        yield f"--hub-endpoint: must begin with https:// or http://. Given: {quoted(s.hub_endpoint)}."
+    yield from (f"--cors-allow-origin: {fault}" for fault in _origin_faults(s.cors_allow_origin))
+    yield from _missing_files(s)
+    if not is_ip_address(s.hostname) and not addresses_of(s.hostname):
+        yield f"--hostname: {quoted(s.hostname)} does not resolve; give an address of this machine or 0.0.0.0."
+
+
+def _origin_faults(origins: Sequence[str]) -> Iterator[str]:
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin, re.IGNORECASE):
+            yield f"must be * or scheme://host[:port] without a path. Given: {quoted(origin)}."
+
+
+def _missing_files(settings: Settings) -> Iterator[str]:
+    if settings.tokenizer_config_path is not None and not Path(settings.tokenizer_config_path).is_file():
+        yield f"--tokenizer-config-path: no file {quoted(settings.tokenizer_config_path)}."
+    if settings.weights_cache_override is not None and not Path(settings.weights_cache_override).is_dir():
+        yield f"--weights-cache-override: no directory {quoted(settings.weights_cache_override)}."
+    parent = Path(settings.shard_uds_path).parent
+    if not parent.is_dir():
+        yield f"--shard-uds-path: no directory {quoted(str(parent))} to make the private directory in."
+
+
+def is_ip_address(text: str) -> bool:
+    """Whether a text is an IPv4 or IPv6 address, brackets allowed."""
+    try:
+        ipaddress.ip_address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def addresses_of_host(host: str) -> list[str]:
+    """Addresses of a host name. A resolver that takes longer than half a second counts as "none"."""
+    found: list[str] = []
+
+    def look_up() -> None:
+        try:
+            found.extend(str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError):
+            return
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(timeout=0.5)
+    return list(found)
