@@ -1,0 +1,280 @@
+"""The list of operations: signature, shapes, tolerance. Each call picks an implementation from `registry`.
+
+Shape letters: T tokens in the step · S sequences · N blocks · B tokens per block · Hq Hkv heads · D head size ·
+E hidden size · F feed-forward size · V vocabulary · I, O inputs and outputs of a linear layer · R rotated part of D ·
+P positions in the rotary table · N' longest block table of the step.
+
+Rules for all: the last dimension of every tensor is contiguous; nothing is copied or converted behind the caller's
+back, so a tensor of the wrong dtype or layout is a ValueError; floating results are computed in float32 and rounded
+once. Tolerances against `reference` are in `TOLERANCES`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weft.kernels.packed import PackedLinear
+from weft.kernels.registry import Case, find
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest error allowed: `rounding · eps(output dtype) · |reference| + accumulation · 2⁻²⁴ · magnitude`.
+
+    `magnitude` is the sum of the absolute values of the terms that were added up for the element.
+    """
+
+    rounding: float
+    accumulation: float
+
+
+TOLERANCES = {
+    # One rounding of the result differs by at most one unit in the last place; n additions in another order differ
+    # by at most n·2⁻²⁴ of the magnitude (Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2),
+    # and by about √n in practice, which is what is allowed here: 64 ≥ √4096.
+    "linear": Tolerance(1.0, 64.0),
+    "rms_norm": Tolerance(1.0, 16.0),
+    "add_rms_norm": Tolerance(1.0, 16.0),
+    "rotary_and_store": Tolerance(1.0, 4.0),
+    # Attention weights are themselves rounded to the dtype before they meet the values: 2⁻⁸ in bfloat16, added to
+    # by the caller for that dtype (see tests).
+    "paged_attention": Tolerance(1.0, 64.0),
+    "gated_activation": Tolerance(1.0, 16.0),
+    "greedy": Tolerance(0.0, 64.0),
+    "token_logprobs": Tolerance(0.0, 64.0),
+    "embedding": Tolerance(0.0, 0.0),
+    "race": Tolerance(0.0, 0.0),
+}
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+    """Lays out a weight for `linear`. Drop the original afterwards: no second copy is needed.
+
+    Shapes  weight `[O, I]`, bias `[O]` → PackedLinear
+    """
+    _require(weight.dim() == 2 and weight.stride(1) == 1, "weight", "be [O, I] with contiguous rows", weight)
+    if bias is not None:
+        _require(bias.shape == (weight.shape[0],), "bias", f"be [{weight.shape[0]}]", bias)
+    packed: PackedLinear = _find("pack_linear", weight)(weight, bias)
+    return packed
+
+
+def linear(
+    x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x Wᵀ + b`, plus `residual` when given, in `out_dtype` (default: that of x).
+
+    Shapes  x `[T, I]`, residual `[T, O]` → `[T, O]`
+    """
+    _require(x.dim() == 2 and x.shape[1] == packed.in_features, "x", f"be [T, {packed.in_features}]", x)
+    _require(x.dtype == packed.dtype, "x", f"have the weight's dtype {packed.dtype}", x)
+    _require_rows("x", x)
+    if residual is not None:
+        expected = (x.shape[0], packed.out_features)
+        _require(residual.shape == expected, "residual", f"be {list(expected)}", residual)
+    y: torch.Tensor = _find("linear", x, layout=packed.layout)(x, packed, out_dtype, residual)
+    return y
+
+
+def embedding(token_ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Rows of a packed weight, for models whose embedding table is also the output layer's weight.
+
+    Shapes  token_ids `[T]` int32 or int64, weight `[V, E]` → `[T, E]`
+    """
+    rows: torch.Tensor = _find("embedding", packed.data, packed.dtype, layout=packed.layout)(token_ids, packed)
+    return rows
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+    """`x / sqrt(mean(x²) + eps) · (weight + weight_offset)` over the last dimension.
+
+    Shapes  x `[T, E]` or `[T, H, E]` (a normalization per head), weight `[E]` → the shape of x
+    Source  Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019)
+    """
+    _require_norm(x, weight)
+    y: torch.Tensor = _find("rms_norm", x)(x, weight, eps, weight_offset)
+    return y
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm(x + residual)` and the sum, rounded to the dtype before it is normalized.
+
+    Shapes  x, residual `[T, E]`, weight `[E]` → (normed `[T, E]`, sum `[T, E]`)
+    """
+    _require_norm(x, weight)
+    _require(residual.shape == x.shape and residual.dtype == x.dtype, "residual", "match x", residual)
+    both: tuple[torch.Tensor, torch.Tensor] = _find("add_rms_norm", x)(x, residual, weight, eps, weight_offset)
+    return both
+
+
+def rotary_and_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    kv_slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Rotates q in place, writes rotated k, and v, to the pool at `kv_slots` (block · B + offset; negative: nowhere).
+
+    Dimension i < R/2 pairs with i + R/2 (half-split layout); dimensions from R on pass through.
+
+    Shapes  q `[T, Hq, D]`, k and v `[T, Hkv, D]` (rows may be views into a wider tensor), cos_sin `[P, R]` float32
+            (R/2 cosines, then R/2 sines), positions and kv_slots `[T]` int32, keys and values `[N, Hkv, B, D]`
+    Source  Su et al., "RoFormer" (2021); layout of transformers' `rotate_half`
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(x.dim() == 3 and x.stride(1) == x.shape[2], name, "be [T, H, D] with contiguous heads", x)
+        _require_rows(name, x)
+    _require(cos_sin.dtype == torch.float32 and cos_sin.is_contiguous(), "cos_sin", "be contiguous float32", cos_sin)
+    _require(cos_sin.shape[1] % 2 == 0 and cos_sin.shape[1] <= q.shape[2], "cos_sin", "be [P, R], R even, ≤ D", cos_sin)
+    _require_index("positions", positions)
+    _require_index("kv_slots", kv_slots)
+    _require_pool(q, keys, values)
+    _find("rotary_and_store", q, head_size=q.shape[2])(q, k, v, cos_sin, positions, kv_slots, keys, values)
+
+
+def paged_attention(  # noqa: PLR0913, PLR0917 - one attention operation for every phase
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    *,
+    max_query_len: int,
+    max_context_len: int,
+) -> torch.Tensor:
+    """Causal attention of packed rows over paged keys and values: prefill, chunk and decode alike.
+
+    The rows of sequence s stand at positions context_lens[s] - length … context_lens[s] - 1; a row sees positions up
+    to its own, and only the newest `window` of them when window > 0. Scores are `scale · q·k`, then
+    `softcap · tanh(score / softcap)` when softcap > 0.
+
+    Shapes  q `[T, Hq, D]`, keys and values `[N, Hkv, B, D]`, block_tables `[S, N']` int32, query_starts `[S+1]` int32,
+            context_lens `[S]` int32 → `[T, Hq, D]`; query head h reads key head h div (Hq/Hkv)
+    Source  online softmax: Milakov, Gimelshein (2018); paging: Kwon et al., "PagedAttention" (2023)
+    """
+    _require(q.dim() == 3 and q.stride(1) == q.shape[2], "q", "be [T, Hq, D] with contiguous heads", q)
+    _require_rows("q", q)
+    _require_pool(q, keys, values)
+    _require(q.shape[1] % keys.shape[1] == 0, "q", f"have a multiple of {keys.shape[1]} heads", q)
+    _require_index("block_tables", block_tables)
+    _require_index("query_starts", query_starts)
+    _require_index("context_lens", context_lens)
+    attended: torch.Tensor = _find("paged_attention", q, head_size=q.shape[2])(
+        q,
+        keys,
+        values,
+        block_tables,
+        query_starts,
+        context_lens,
+        scale,
+        softcap,
+        window,
+        max_query_len=max_query_len,
+        max_context_len=max_context_len,
+    )
+    return attended
+
+
+def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """`activation(gate) · up` of a fused projection, gate first.
+
+    Shapes  x `[T, 2F]` → `[T, F]`; kind `silu` or `gelu_tanh`
+    Source  Shazeer, "GLU Variants Improve Transformer" (2020)
+    """
+    _require(x.dim() == 2 and x.shape[1] % 2 == 0, "x", "be [T, 2F]", x)
+    _require_rows("x", x)
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"`kind` must be one of {', '.join(ACTIVATIONS)}. Given: {kind}")
+    y: torch.Tensor = _find("gated_activation", x)(x, kind)
+    return y
+
+
+def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best id per row (the smallest on ties) and its log-probability in the softmax of the row.
+
+    A row with a NaN, an infinity above, or nothing but -inf gives id -1 and log-probability NaN.
+
+    Shapes  logits `[S, V]` float32 → `[S]` int64, `[S]` float32
+    """
+    _require_logits(logits)
+    both: tuple[torch.Tensor, torch.Tensor] = _find("greedy", logits)(logits)
+    return both
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-softmax of each row at one id.
+
+    Shapes  logits `[S, V]` float32, ids `[S]` int64, 0 ≤ id < V → `[S]` float32
+    """
+    _require_logits(logits)
+    _require(ids.shape == logits.shape[:1] and ids.dtype == torch.int64, "ids", "be [S] int64", ids)
+    logprobs: torch.Tensor = _find("token_logprobs", logits)(logits, ids)
+    return logprobs
+
+
+def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A sample from the softmax of each row: the id with the smallest q / p, q exponential by (seed, position, id).
+
+    Defined on real numbers, so that every device and implementation names the same id: with w the random word of
+    `philox.token_words` (0 … 2³²-1), `q = -log1p(-(w + ½) / 2³²)` and the winner is the largest `logit - log(q)`,
+    the smallest id on ties. Logits of -inf never win; a row with a NaN, +inf, or nothing but -inf gives -1.
+
+    Shapes  logits `[S, V]` float32, seeds `[S]` int64 (bits of an unsigned 64-bit seed), positions `[S]` int64, the
+            absolute position the token will stand at → `[S]` int64
+    """
+    _require_logits(logits)
+    for name, x in (("seeds", seeds), ("positions", positions)):
+        _require(x.shape == logits.shape[:1] and x.dtype == torch.int64, name, "be [S] int64", x)
+    ids: torch.Tensor = _find("race", logits)(logits, seeds, positions)
+    return ids
+
+
+def _find(
+    operation: str, x: torch.Tensor, dtype: torch.dtype | None = None, *, head_size: int = 0, layout: str = ""
+) -> Callable[..., Any]:
+    return find(operation, Case(x.device.type, dtype or x.dtype, head_size, layout)).function
+
+
+def _require(condition: bool, name: str, rule: str, given: torch.Tensor) -> None:  # noqa: FBT001
+    if not condition:
+        raise ValueError(
+            f"`{name}` must {rule}. Given: shape {list(given.shape)}, strides {list(given.stride())}, {given.dtype}"
+        )
+
+
+def _require_rows(name: str, x: torch.Tensor) -> None:
+    _require(x.stride(-1) == 1 or x.shape[-1] == 1, name, "be contiguous in the last dimension", x)
+
+
+def _require_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
+    _require_rows("x", x)
+    _require(weight.shape == x.shape[-1:] and weight.is_contiguous(), "weight", f"be [{x.shape[-1]}]", weight)
+
+
+def _require_index(name: str, x: torch.Tensor) -> None:
+    _require(x.dtype == torch.int32 and x.is_contiguous(), name, "be contiguous int32", x)
+
+
+def _require_pool(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    for name, pool in (("keys", keys), ("values", values)):
+        _require(pool.dim() == 4 and pool.is_contiguous(), name, "be contiguous [N, Hkv, B, D]", pool)
+        _require(pool.shape[3] == q.shape[2], name, f"have the head size {q.shape[2]} of q", pool)
+
+
+def _require_logits(logits: torch.Tensor) -> None:
+    _require(logits.dim() == 2 and logits.dtype == torch.float32, "logits", "be [S, V] float32", logits)
+    _require_rows("logits", logits)

@@ -1,0 +1,29 @@
+"""A weight matrix in the layout of the implementation that will multiply by it."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLinear:
+    """Weight `[O, I]` and bias `[O]` of `y = x Wᵀ + b`, made once at load by `ops.pack_linear`.
+
+    `data` replaces the original weight: drop every reference to that one after packing.
+    """
+
+    layout: str
+    """Which implementation made it and must read it: `rows` (the weight as it was), `onednn`, `panels`."""
+    data: torch.Tensor
+    bias: torch.Tensor | None
+    """[O]; float32 for `panels`, otherwise the dtype of the weight."""
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    """Of the original weight and of the activations that it multiplies."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by weight and bias."""
+        bias_bytes = 0 if self.bias is None else self.bias.nbytes
+        return self.data.nbytes + bias_bytes
