@@ -6,12 +6,14 @@
     │   ├── ValidationError          a field has a value outside its range
     │   ├── TemplateError            the chat template refused the messages
     │   ├── UnauthorizedError  NotFoundError  PayloadTooLargeError  MethodNotAllowedError  UnsupportedMediaTypeError
+    │   ├── RequestTimeoutError      headers or body came too slowly
     │   ├── OverloadedError          too many requests; carries retry_after_s
     │   ├── NotReadyError            loading or draining; carries retry_after_s
     │   ├── DeadlineError            waited in the queue past its deadline
     │   ├── GenerationError          the engine could not go on with this request
     │   ├── NumericalError           the model produced NaN for this request
     │   ├── IncompleteGenerationError   a stream ended without a final token
+    │   ├── InternalError            a bug met this request
     │   └── ClientGoneError          the client left; nobody reads this answer
     ├── StartupError                 ends the process; has an exit code
     │   ├── UsageError (2)  ModelNotFoundError (3)  DoesNotFitError (4)  DeviceError (5)  PortInUseError (6)
@@ -182,6 +184,17 @@ class HeadersTooLargeError(RequestError):
     metric_label = "validation"
 
 
+class RequestTimeoutError(RequestError):
+    """The client took too long to send its request."""
+
+    code = "request_timeout"
+    http_status = 408
+    openai_status = 408
+    error_type = "validation"
+    openai_type = "invalid_request_error"
+    metric_label = "validation"
+
+
 class OverloadedError(RequestError):
     """Every place, running and waiting, is taken."""
 
@@ -237,6 +250,14 @@ class IncompleteGenerationError(RequestError):
     openai_status = 500
     error_type = "incomplete_generation"
     metric_label = "incomplete"
+
+
+class InternalError(RequestError):
+    """A bug: the answer to a request whose handler raised something that nobody expected."""
+
+    code = "internal_error"
+    http_status = 500
+    openai_status = 500
 
 
 class ClientGoneError(RequestError):
