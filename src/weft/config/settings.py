@@ -8,6 +8,7 @@ in upper case; every setting is read from `WEFT_` and the name in upper case.
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import PurePosixPath
 from typing import TypedDict, TypeVar, Unpack, cast
 
 from weft.config.options import (
@@ -277,8 +278,11 @@ class Settings:
 
     @property
     def shown_model_name(self) -> str:
-        """What clients see as the model: the first served name, else the id without its hash."""
-        return self.served_model_name[0] if self.served_model_name else self.model_id.partition("#")[0]
+        """What clients see as the model: the first served name, a GGUF file's name, else the id as given."""
+        if self.served_model_name:
+            return self.served_model_name[0]
+        reference = self.model_id.partition("#")[0]
+        return PurePosixPath(reference).stem if reference.endswith(".gguf") else reference
 
 
 @cache
