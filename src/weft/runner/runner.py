@@ -1,0 +1,185 @@
+"""One forward step on this rank: StepPlan in, StepResult out.
+
+The runner decides nothing. It keeps what a step needs from earlier ones (slot tables, sampling parameters and
+histories), makes tensors, runs the model, samples, and writes the sampled tokens into the token table *before* it
+copies anything to the host: the next step reads them there, so its plan need not know them.
+
+Every rank runs the same plans. Rank 0 alone samples; the others receive its token ids in one collective, so that no
+rounding difference between ranks can ever make their sequences differ.
+"""
+
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weft.core.plan import StepPlan, StepResult
+from weft.errors import GenerationError, InvariantBroken, NumericalError
+from weft.kernels import ops
+from weft.models.forward_batch import ForwardBatch
+from weft.runner.batch import BatchBuilder, StepBatch
+from weft.runner.kv_pool import KvPool
+from weft.runner.sampling.sampler import SampledTokens, Sampler
+from weft.runner.sampling.watermark import WatermarkSettings
+from weft.runner.slots import SlotTables
+
+PROMPT_LOGPROB_BYTES = 64 * 1024 * 1024
+"""Most memory that the logits of prompt tokens may take at a time; part of the activation budget."""
+
+
+class Model(Protocol):
+    """What the runner needs of a model (`models.decoder.Decoder`)."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Write the keys and values of the step's rows; return the logits of `batch.logit_rows`, [S', V] float32."""
+        ...
+
+
+class Ranks(Protocol):
+    """What the runner needs of a process group (`parallel.groups.Group`)."""
+
+    @property
+    def rank(self) -> int:
+        """This process' index."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        ...
+
+
+class ModelRunner:
+    """Runs plans in order. Not safe for use from two threads at once."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_pool: KvPool,
+        *,
+        max_num_sequences: int,
+        max_total_tokens: int,
+        vocab_size: int,
+        device: torch.device,
+        watermark: WatermarkSettings | None = None,
+        group: Ranks | None = None,
+    ) -> None:
+        self._model = model
+        self._vocab_size = vocab_size
+        self._device = device
+        self._group = group if group is not None and group.world_size > 1 else None
+        self._tables = SlotTables(
+            max_num_sequences=max_num_sequences,
+            max_total_tokens=max_total_tokens,
+            num_blocks=kv_pool.num_blocks,
+            block_size_tokens=kv_pool.block_size_tokens,
+            device=device,
+        )
+        self._batches = BatchBuilder(self._tables, kv_pool.layers, kv_pool.block_size_tokens, device)
+        self._sampler = Sampler(
+            max_num_sequences=max_num_sequences,
+            vocab_size=vocab_size,
+            device=device,
+            watermark=watermark or WatermarkSettings(),
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Plans must come in the order in which they were made.
+
+        Raises   InvariantBroken: the plan contradicts the tables (a bug: this process must not go on)
+        """
+        started_ns = time.perf_counter_ns()
+        with torch.inference_mode():
+            for start in plan.starts:
+                self._tables.start(start)
+                self._sampler.start(start)
+            self._tables.append_blocks(plan)
+            batch = self._batches.build(plan)
+            logits = self._forward(batch.forward)
+            sampled = self._sample(logits, batch)
+            token_ids = self._write_tokens(sampled.token_ids, batch)
+            prompt_logprobs = self._prompt_logprobs(batch)
+            chosen, logprobs = token_ids.tolist(), sampled.logprobs.cpu().numpy()
+            failures = self._failures(sampled.token_ids.cpu().numpy(), logprobs, batch)
+        self._sampler.append(batch.sampling_slots, chosen)
+        rows = batch.sampling_rows.tolist()
+        return StepResult(
+            step_id=plan.step_id,
+            elapsed_ns=time.perf_counter_ns() - started_ns,
+            token_ids=chosen,
+            logprobs=logprobs.tolist(),
+            top_tokens={rows[row]: tops for row, tops in sampled.top_tokens.items()},
+            prompt_logprobs=prompt_logprobs,
+            failures=failures,
+        )
+
+    def _forward(self, forward: ForwardBatch) -> torch.Tensor:
+        logits = self._model.forward(forward)
+        expected = (len(forward.logit_rows), self._vocab_size)
+        if logits.shape != expected or logits.dtype != torch.float32:
+            raise InvariantBroken(f"logits are {list(logits.shape)} {logits.dtype}, expected {list(expected)} float32")
+        return logits
+
+    def _sample(self, logits: torch.Tensor, batch: StepBatch) -> SampledTokens:
+        if len(logits) == 0 or (self._group is not None and self._group.rank != 0):
+            return SampledTokens(
+                torch.zeros(len(logits), dtype=torch.int64, device=self._device),
+                torch.zeros(len(logits), dtype=torch.float32, device=self._device),
+            )
+        last_token_ids = batch.forward.token_ids[batch.forward.logit_rows]
+        return self._sampler.sample(logits, batch.sampling_slots, batch.sampling_positions, last_token_ids)
+
+    def _write_tokens(self, token_ids: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """Put the chosen tokens at their positions on every rank; returns them.
+
+        A failed row gets token 0: the step after this one may already be planned with it, and must not look up
+        an id that the embedding table does not have.
+        """
+        is_valid = (token_ids >= 0) & (token_ids < self._vocab_size)
+        token_ids = torch.where(is_valid, token_ids, 0)
+        if self._group is not None and len(token_ids):
+            # The other ranks hold zeros: the sum is rank 0's choice.
+            self._group.all_reduce(token_ids)
+        self._tables.token_ids[batch.device_sampling_slots, batch.device_sampling_positions] = token_ids.int()
+        return token_ids
+
+    def _failures(
+        self, token_ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32], batch: StepBatch
+    ) -> dict[int, str]:
+        """Plan row → error code, for rows whose token means nothing."""
+        is_outside = (token_ids < -1) | (token_ids >= self._vocab_size)
+        is_broken = (token_ids == -1) | ~np.isfinite(logprobs)
+        if not (is_outside.any() or is_broken.any()):
+            return {}
+        failures = dict.fromkeys(batch.sampling_rows[is_broken].tolist(), NumericalError.code)
+        return failures | dict.fromkeys(batch.sampling_rows[is_outside].tolist(), GenerationError.code)
+
+    def _prompt_logprobs(self, batch: StepBatch) -> dict[int, tuple[float, ...]]:
+        """Plan row → raw log-probabilities of the prompt tokens that follow the row's tokens."""
+        wanted = np.flatnonzero(self._sampler.wants_prompt_logprobs[batch.slots])
+        reported: dict[int, tuple[float, ...]] = {}
+        for row in wanted.tolist():
+            slot, first = int(batch.slots[row]), int(batch.first_positions[row])
+            last = min(first + int(batch.num_tokens[row]), int(self._tables.num_prompt_tokens[slot]) - 1)
+            if last > first:
+                targets = self._tables.token_ids[slot, first + 1 : last + 1]
+                reported[row] = self._logprobs_of(batch.forward, int(batch.query_starts[row]), targets)
+        return reported
+
+    def _logprobs_of(self, forward: ForwardBatch, first_row: int, targets: torch.Tensor) -> tuple[float, ...]:
+        """Log-softmax at `targets` [n] of the packed rows from `first_row` on, in pieces of bounded memory."""
+        rows_per_piece = max(1, PROMPT_LOGPROB_BYTES // (4 * self._vocab_size))
+        pieces: list[float] = []
+        for start in range(0, len(targets), rows_per_piece):
+            piece = targets[start : start + rows_per_piece]
+            rows = torch.arange(len(piece), dtype=torch.int32, device=self._device) + (first_row + start)
+            logits = self._forward(replace(forward, logit_rows=rows))
+            pieces.extend(ops.token_logprobs(logits, piece.long()).tolist())
+        return tuple(pieces)

@@ -1,0 +1,157 @@
+"""Sampling parameters of every slot as columns, so that a batch gathers its own with one index per parameter."""
+
+from dataclasses import dataclass
+from enum import IntFlag
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.core.plan import SequenceStart
+from weft.core.request import LogprobStyle, PenaltyStyle, SamplingParams, StopConditions
+from weft.errors import InvariantBroken
+from weft.runner.sampling.history import TokenCounts
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+class Uses(IntFlag):
+    """What a sequence asks of the sampler, one bit each. No bit: the best token and its log-probability."""
+
+    WATERMARK = 1
+    HISTORY = 2
+    BIAS = 4
+    MIN_NEW_TOKENS = 8
+    TEMPERATURE = 16
+    TOP_K = 32
+    TOP_P = 64
+    TYPICAL_P = 128
+    MIN_P = 256
+    CHANCE = 512
+    RAW_LOGPROB = 1024
+    TOP_TOKENS = 2048
+
+
+CHANGES_SCORES = int(Uses.CHANCE) - 1
+"""The bits of everything that happens between the logits and the choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenTerms:
+    """What concerns single tokens of one sequence."""
+
+    sampling: SamplingParams
+    history: TokenCounts | None
+    bias_token_ids: Int64Array
+    biases: Float32Array
+    eos_token_ids: Int64Array
+
+
+class ParameterTable:
+    """One row per slot; a slot's row is replaced when a sequence takes the slot."""
+
+    def __init__(self, max_num_sequences: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self.uses: Int64Array = np.zeros(max_num_sequences, dtype=np.int64)
+        self.seeds: Int64Array = np.zeros(max_num_sequences, dtype=np.int64)
+        self.top_k: Int64Array = np.zeros(max_num_sequences, dtype=np.int64)
+        self.top_n_tokens: Int64Array = np.zeros(max_num_sequences, dtype=np.int64)
+        self.first_eos_position: Int64Array = np.zeros(max_num_sequences, dtype=np.int64)
+        """Position from which on an EOS token may be chosen."""
+        self.temperature: Float32Array = np.ones(max_num_sequences, dtype=np.float32)
+        self.top_p: Float32Array = np.ones(max_num_sequences, dtype=np.float32)
+        self.typical_p: Float32Array = np.ones(max_num_sequences, dtype=np.float32)
+        self.min_p: Float32Array = np.zeros(max_num_sequences, dtype=np.float32)
+        self.wants_prompt_logprobs: npt.NDArray[np.bool_] = np.zeros(max_num_sequences, dtype=np.bool_)
+        self._token_terms: list[_TokenTerms | None] = [None] * max_num_sequences
+
+    def start(self, start: SequenceStart) -> None:
+        """Take the parameters and the known tokens of the sequence that a slot now belongs to."""
+        slot, sampling = start.slot, start.sampling
+        uses = _uses_of(sampling, start.stop, self._vocab_size)
+        self.uses[slot] = uses
+        self.seeds[slot] = np.uint64(sampling.seed).astype(np.int64)
+        self.top_k[slot] = sampling.top_k
+        self.top_n_tokens[slot] = sampling.top_n_tokens
+        self.first_eos_position[slot] = start.num_prompt_tokens + start.stop.min_new_tokens
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.typical_p[slot] = sampling.typical_p
+        self.min_p[slot] = sampling.min_p
+        self.wants_prompt_logprobs[slot] = sampling.prompt_logprobs
+        has_terms = uses & (Uses.HISTORY | Uses.BIAS | Uses.MIN_NEW_TOKENS)
+        self._token_terms[slot] = _token_terms_of(start, uses) if has_terms else None
+
+    def history(self, slot: int) -> TokenCounts:
+        """Tokens of a sequence that uses HISTORY."""
+        history = self._terms(slot).history
+        if history is None:
+            raise InvariantBroken(f"slot {slot} has no history, but its row asks for penalties")
+        return history
+
+    def penalties(self, slot: int) -> tuple[Int64Array, Float32Array, Float32Array]:
+        """What a sequence that uses HISTORY does to the tokens it has: ids, repetition penalty, what is subtracted.
+
+        TGI      frequency · count / length, over prompt and completion: bounded by the penalty itself
+        OPENAI   frequency · count, over the completion alone
+        Both     presence is subtracted once per token of the same history; repetition counts prompt and completion
+
+        Shapes   each [U]
+        """
+        history, sampling = self.history(slot), self._terms(slot).sampling
+        if sampling.penalty_style is PenaltyStyle.OPENAI:
+            counts, frequency = history.completion_counts, sampling.frequency_penalty
+        else:
+            counts, frequency = history.total_counts, sampling.frequency_penalty / history.num_tokens
+        subtracted = counts * np.float32(frequency) + (counts > 0) * np.float32(sampling.presence_penalty)
+        repetition = np.full(len(counts), sampling.repetition_penalty, dtype=np.float32)
+        return history.token_ids, repetition, subtracted.astype(np.float32, copy=False)
+
+    def biases(self, slot: int) -> tuple[Int64Array, Float32Array]:
+        """Token ids and biases of a sequence that uses BIAS, each [U]."""
+        terms = self._terms(slot)
+        return terms.bias_token_ids, terms.biases
+
+    def eos_token_ids(self, slot: int) -> Int64Array:
+        """EOS tokens of a sequence that uses MIN_NEW_TOKENS, [U]."""
+        return self._terms(slot).eos_token_ids
+
+    def _terms(self, slot: int) -> _TokenTerms:
+        terms = self._token_terms[slot]
+        if terms is None:
+            raise InvariantBroken(f"slot {slot} has no token terms, but its row asks for some")
+        return terms
+
+
+def _uses_of(sampling: SamplingParams, stop: StopConditions, vocab_size: int) -> Uses:
+    penalizes = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
+    asked = {
+        Uses.WATERMARK: sampling.watermark,
+        Uses.HISTORY: penalizes,
+        Uses.BIAS: sampling.logit_bias,
+        Uses.MIN_NEW_TOKENS: stop.min_new_tokens and stop.eos_token_ids and not stop.ignore_eos,
+        Uses.TEMPERATURE: sampling.temperature != 1.0,
+        Uses.TOP_K: 0 < sampling.top_k < vocab_size,
+        Uses.TOP_P: sampling.top_p < 1.0,
+        Uses.TYPICAL_P: sampling.typical_p < 1.0,
+        Uses.MIN_P: sampling.min_p > 0.0,
+        Uses.CHANCE: not sampling.is_greedy,
+        Uses.RAW_LOGPROB: sampling.logprob_style is LogprobStyle.RAW,
+        Uses.TOP_TOKENS: sampling.top_n_tokens,
+    }
+    uses = Uses(0)
+    for use, is_asked in asked.items():
+        if is_asked:
+            uses |= use
+    return uses
+
+
+def _token_terms_of(start: SequenceStart, uses: Uses) -> _TokenTerms:
+    bias = start.sampling.logit_bias if uses & Uses.BIAS else ()
+    return _TokenTerms(
+        sampling=start.sampling,
+        history=TokenCounts(start.token_ids, start.num_prompt_tokens) if uses & Uses.HISTORY else None,
+        bias_token_ids=np.array([token for token, _ in bias], dtype=np.int64),
+        biases=np.array([value for _, value in bias], dtype=np.float32),
+        eos_token_ids=np.array(start.stop.eos_token_ids, dtype=np.int64),
+    )

@@ -1,0 +1,220 @@
+"""Logits → tokens for a whole batch, with each row's own parameters.
+
+The order is TGI's, with our additions in their places:
+
+    watermark → repetition penalty → frequency and presence penalties → logit bias → token mask → EOS mask
+    (min_new_tokens) → temperature → top_k → top_p → typical_p → min_p → choose
+
+A parameter that is neutral for the whole batch costs nothing, and a row that does not use it keeps its bits. The
+choice is the best score (greedy) or an exponential race on noise keyed by (seed, absolute position, id): a row's
+token depends on its own logits, parameters, seed and position, never on its neighbours (ADR-0012).
+
+Shape letters: S' rows that sample · R rows a step is applied to · V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weft.core.plan import SequenceStart, TopTokens
+from weft.kernels import ops
+from weft.runner.sampling import processors
+from weft.runner.sampling.logprobs import top_tokens
+from weft.runner.sampling.parameters import CHANGES_SCORES, Int64Array, ParameterTable, Uses
+from weft.runner.sampling.watermark import WatermarkSettings, green_list
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One choice per row; ids and log-probabilities are still on the device."""
+
+    token_ids: torch.Tensor
+    """[S'] int64; -1 for a row whose logits were no numbers"""
+    logprobs: torch.Tensor
+    """[S'] float32, in each row's style"""
+    top_tokens: dict[int, TopTokens] = field(default_factory=dict)
+    """Row → alternatives, for rows that ask for them"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of a batch, with what decides their treatment."""
+
+    slots: Int64Array
+    positions: Int64Array
+    uses: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def pick(self, chosen: Int64Array) -> "_Rows":
+        return _Rows(self.slots[chosen], self.positions[chosen], self.uses[chosen])
+
+
+class Sampler:
+    """Sampling parameters and history of every slot, and the choice of a batch."""
+
+    def __init__(
+        self, *, max_num_sequences: int, vocab_size: int, device: torch.device, watermark: WatermarkSettings
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._watermark = watermark
+        self._table = ParameterTable(max_num_sequences, vocab_size)
+
+    @property
+    def wants_prompt_logprobs(self) -> npt.NDArray[np.bool_]:
+        """[slots] whether a slot's sequence asks for the log-probabilities of its prompt."""
+        return self._table.wants_prompt_logprobs
+
+    def start(self, start: SequenceStart) -> None:
+        """Take the parameters and the known tokens of the sequence that a slot now belongs to."""
+        self._table.start(start)
+
+    def append(self, slots: Int64Array, token_ids: list[int]) -> None:
+        """Take the tokens just chosen into the histories that penalties read.
+
+        Shapes  slots [S'], token_ids [S']
+        """
+        for row in np.flatnonzero(self._table.uses[slots] & Uses.HISTORY).tolist():
+            self._table.history(slots[row]).append(token_ids[row])
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: Int64Array,
+        positions: Int64Array,
+        last_token_ids: torch.Tensor,
+        token_masks: Mapping[int, torch.Tensor] | None = None,
+    ) -> SampledTokens:
+        """Choose one token per row. Changes neither the logits nor any history.
+
+        Shapes  logits [S', V] float32 · slots [S'] · positions [S'], absolute, of the tokens to choose ·
+                last_token_ids [S'], the newest known token of each row · token_masks row → [V] bool, ids allowed
+        """
+        masks = token_masks or {}
+        rows = _Rows(slots, positions, self._table.uses[slots])
+        if not masks and not (rows.uses & ~Uses.RAW_LOGPROB).any():
+            return SampledTokens(*ops.greedy(logits))
+        scores = logits
+        if masks or (rows.uses & CHANGES_SCORES).any():
+            scores = logits.clone()
+            self._process(scores, rows, last_token_ids, masks)
+        token_ids = self._choose(scores, rows)
+        is_raw = (rows.uses & Uses.RAW_LOGPROB) != 0
+        logprobs = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        tops: dict[int, TopTokens] = {}
+        for own, reported in ((np.flatnonzero(is_raw), logits), (np.flatnonzero(~is_raw), scores)):
+            if len(own):
+                place = self._tensor(own)
+                logprobs[place] = ops.token_logprobs(_take(reported, own), token_ids[place].clamp(min=0))
+                tops.update(self._top_tokens(reported, rows, own))
+        return SampledTokens(token_ids, logprobs, tops)
+
+    def _process(
+        self, scores: torch.Tensor, rows: _Rows, last_token_ids: torch.Tensor, masks: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Everything between the logits and the choice, in place and in order."""
+        table = self._table
+
+        def apply(use: Uses, step: Callable[..., None], *columns: npt.NDArray[Any]) -> None:
+            self._apply(scores, np.flatnonzero(rows.uses & use), step, *(column[rows.slots] for column in columns))
+
+        self._add_watermark(scores, np.flatnonzero(rows.uses & Uses.WATERMARK), last_token_ids)
+        self._penalize_history(scores, rows)
+        self._add_bias(scores, rows)
+        for row, mask in masks.items():
+            processors.keep_allowed(scores[row : row + 1], mask[None, :])
+        self._forbid_early_eos(scores, rows)
+        apply(Uses.TEMPERATURE, processors.scale_by_temperature, table.temperature)
+        apply(Uses.TOP_K, processors.keep_top_k, table.top_k)
+        apply(Uses.TOP_P, processors.keep_top_p, table.top_p)
+        apply(Uses.TYPICAL_P, processors.keep_typical, table.typical_p)
+        apply(Uses.MIN_P, processors.keep_min_p, table.min_p)
+
+    def _apply(
+        self, scores: torch.Tensor, rows: Int64Array, step: Callable[..., None], *columns: npt.NDArray[Any]
+    ) -> None:
+        """Run a step on the rows that use it; the others keep their bits."""
+        if not len(rows):
+            return
+        arguments = [self._tensor(column[rows]) for column in columns]
+        if len(rows) == len(scores):
+            step(scores, *arguments)
+            return
+        own = _take(scores, rows)
+        step(own, *arguments)
+        scores[self._tensor(rows)] = own
+
+    def _add_watermark(self, scores: torch.Tensor, rows: Int64Array, last_token_ids: torch.Tensor) -> None:
+        if not len(rows):
+            return
+        is_green = green_list(last_token_ids[self._tensor(rows)], self._vocab_size, self._watermark.gamma)
+        scores[self._tensor(rows)] += is_green * self._watermark.delta
+
+    def _penalize_history(self, scores: torch.Tensor, rows: _Rows) -> None:
+        own = np.flatnonzero(rows.uses & Uses.HISTORY).tolist()
+        if not own:
+            return
+        penalties = [self._table.penalties(rows.slots[row]) for row in own]
+        processors.penalize_history(
+            scores,
+            self._places(own, [token_ids for token_ids, _, _ in penalties]),
+            self._joined([repetition for _, repetition, _ in penalties]),
+            self._joined([subtracted for _, _, subtracted in penalties]),
+        )
+
+    def _add_bias(self, scores: torch.Tensor, rows: _Rows) -> None:
+        own = np.flatnonzero(rows.uses & Uses.BIAS).tolist()
+        if not own:
+            return
+        biases = [self._table.biases(rows.slots[row]) for row in own]
+        places = self._places(own, [token_ids for token_ids, _ in biases])
+        processors.add_bias(scores, places, self._joined([values for _, values in biases]))
+
+    def _forbid_early_eos(self, scores: torch.Tensor, rows: _Rows) -> None:
+        is_early = rows.positions < self._table.first_eos_position[rows.slots]
+        own = np.flatnonzero(is_early & ((rows.uses & Uses.MIN_NEW_TOKENS) != 0)).tolist()
+        if own:
+            processors.forbid(scores, self._places(own, [self._table.eos_token_ids(rows.slots[row]) for row in own]))
+
+    def _choose(self, scores: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        """The race for rows that sample, the best score for the others: [S'] int64."""
+        token_ids = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
+        is_drawn = (rows.uses & Uses.CHANCE) != 0
+        if (best := np.flatnonzero(~is_drawn)).size:
+            token_ids[self._tensor(best)] = ops.greedy(_take(scores, best))[0]
+        if (drawn := np.flatnonzero(is_drawn)).size:
+            own = rows.pick(drawn)
+            seeds, positions = self._tensor(self._table.seeds[own.slots]), self._tensor(own.positions)
+            token_ids[self._tensor(drawn)] = ops.race(_take(scores, drawn), seeds, positions)
+        return token_ids
+
+    def _top_tokens(self, scores: torch.Tensor, rows: _Rows, own: Int64Array) -> dict[int, TopTokens]:
+        """Alternatives of those of the rows `own` that ask for them."""
+        asking = own[(rows.uses[own] & Uses.TOP_TOKENS) != 0]
+        if not len(asking):
+            return {}
+        wanted = self._table.top_n_tokens[rows.slots[asking]].tolist()
+        return dict(zip(asking.tolist(), top_tokens(_take(scores, asking), wanted), strict=True))
+
+    def _places(self, rows: list[int], token_ids: list[Int64Array]) -> torch.Tensor:
+        """Flat places row · V + id of each row's tokens."""
+        return self._joined([row * self._vocab_size + ids for row, ids in zip(rows, token_ids, strict=True)])
+
+    def _joined(self, pieces: list[npt.NDArray[Any]]) -> torch.Tensor:
+        return self._tensor(np.concatenate(pieces))
+
+    def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _take(scores: torch.Tensor, rows: Int64Array) -> torch.Tensor:
+    """The given rows in ascending order, [R, V]; the tensor itself when these are all of them."""
+    if len(rows) == len(scores):
+        return scores
+    return scores[torch.from_numpy(rows).to(scores.device)]
