@@ -1,0 +1,90 @@
+"""A GGUF file as a `WeightSource`: transformers' names, shapes and row order; blocks decoded while reading."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from weft.errors import ModelNotFoundError
+from weft.models.quant.gguf_blocks import dequantize
+from weft.models.weights.gguf_config import SANDWICH_NORMS, architecture
+from weft.models.weights.gguf_file import BLOCK_LAYOUT, GgufFile, GgufTensor
+from weft.models.weights.names import gguf_name
+from weft.models.weights.partition import Span
+from weft.models.weights.source import missing_tensor
+
+INTERLEAVED_HEADS = frozenset({"llama"})
+"""Architectures whose query and key rows are stored with rotated pairs side by side instead of half a head apart."""
+
+
+class GgufSource:
+    """One GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = GgufFile(path)
+        self._architecture = architecture(self._file)
+
+    def file_name(self, name: str) -> str:
+        """The file a tensor stands in, for messages."""
+        del name
+        return self._file.name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises ModelNotFoundError when it is not there."""
+        return self._tensor(name).shape
+
+    def read(self, name: str, rows: Span, columns: Span | None, dtype: torch.dtype) -> torch.Tensor:
+        """A slice of a tensor, decoded into `dtype` when it is quantized."""
+        tensor = self._tensor(name)
+        if len(tensor.shape) == 1:
+            values = self._decode(tensor, Span(0, 1), rows, dtype)[0]
+        else:
+            values = self._decode(tensor, rows, columns or Span(0, tensor.shape[1]), dtype)
+        if self._architecture in INTERLEAVED_HEADS and ".self_attn." in name:
+            values = self._halves_apart(name, values)
+        if self._architecture in SANDWICH_NORMS and name.endswith("norm.weight"):
+            # Gemma multiplies by 1 + w; GGUF stores that sum, specs speak of w.
+            values = values.float() - 1.0
+        return values
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._file.close()
+
+    def _tensor(self, name: str) -> GgufTensor:
+        stored_name = gguf_name(name, sandwich_norms=self._architecture in SANDWICH_NORMS)
+        tensor = self._file.tensors.get(stored_name)
+        if tensor is None:
+            raise missing_tensor(stored_name, self._file.name)
+        return tensor
+
+    def _decode(self, tensor: GgufTensor, rows: Span, columns: Span, dtype: torch.dtype) -> torch.Tensor:
+        """Decode the blocks that cover `columns` of `rows`, then cut to the columns."""
+        numbers, block_bytes = BLOCK_LAYOUT[tensor.ggml_type]
+        blocks = Span(columns.start // numbers, -(-columns.stop // numbers))
+        stored = np.frombuffer(self._file.data, np.uint8, tensor.num_bytes, tensor.offset)
+        by_row = stored.reshape(-1, tensor.shape[-1] // numbers * block_bytes)
+        covering = blocks.scaled(block_bytes)
+        raw = torch.from_numpy(np.array(by_row[rows.start : rows.stop, covering.start : covering.stop], order="C"))
+        values = dequantize(raw, tensor.ggml_type, dtype)
+        first = columns.start - blocks.start * numbers
+        return values[:, first : first + columns.size]
+
+    def _halves_apart(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Undo the row order of query and key: `[heads, D/2, 2]` as stored → `[heads, 2, D/2]`."""
+        if not name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
+            return values
+        head_dim = self._head_dim()
+        if values.shape[0] % head_dim:
+            raise ModelNotFoundError(f"{self._file.name}: tensor `{name}` is not made of heads of {head_dim} rows.")
+        pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
+        return pairs.transpose(1, 2).reshape(values.shape)
+
+    def _head_dim(self) -> int:
+        metadata = self._file.metadata
+        prefix = self._architecture
+        key_length = metadata.get(f"{prefix}.attention.key_length")
+        if isinstance(key_length, int):
+            return key_length
+        hidden_size, num_heads = metadata[f"{prefix}.embedding_length"], metadata[f"{prefix}.attention.head_count"]
+        return int(hidden_size) // int(num_heads)

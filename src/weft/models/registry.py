@@ -1,0 +1,108 @@
+"""From files to a `ModelDescription`: which family a checkpoint belongs to, found by file name. Torch-free.
+
+A family is a module `families/<model_type>.py` with `ARCHITECTURES` and `spec(config) -> DecoderSpec`; adding the
+file is all it takes. Configuration files are data: `auto_map` and every other field that names code is never read.
+"""
+
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Protocol, cast
+
+from weft.errors import ModelNotFoundError
+from weft.models.spec import DecoderSpec, ModelDescription, WeightFormat
+from weft.models.weights.config_file import ModelConfig, read_json_object
+from weft.models.weights.gguf_config import config_from_metadata
+from weft.models.weights.gguf_file import GgufFile
+from weft.models.weights.safetensors_file import DTYPE_NAMES, read_header, weight_files
+
+FAMILIES_DIRECTORY = Path(__file__).parent / "families"
+
+
+class Family(Protocol):
+    """What a module in `families/` provides."""
+
+    ARCHITECTURES: tuple[str, ...]
+    """Class names that transformers writes into `config.json: architectures`."""
+
+    def spec(self, config: ModelConfig) -> DecoderSpec:
+        """Describe a checkpoint by its configuration."""
+        ...
+
+
+@cache
+def supported_model_types() -> tuple[str, ...]:
+    """Every model type there is a family file for, sorted."""
+    return tuple(sorted(path.stem for path in FAMILIES_DIRECTORY.glob("*.py") if path.stem != "__init__"))
+
+
+def load_family(model_type: str) -> Family:
+    """Import the family of a model type.
+
+    Raises   ModelNotFoundError: there is none; the message lists those there are
+    """
+    if model_type not in supported_model_types():
+        raise ModelNotFoundError(
+            f"Model type `{model_type[:80]}` is not supported. Supported: {', '.join(supported_model_types())}."
+        )
+    return cast(Family, importlib.import_module(f"weft.models.families.{model_type}"))
+
+
+def describe(path: Path) -> ModelDescription:
+    """Describe a model directory (config.json and safetensors) or a GGUF file without reading its weights.
+
+    Raises   ModelNotFoundError: nothing there, an unsupported model type, or a field or header out of range
+    """
+    if path.is_dir():
+        return _describe_directory(path)
+    if path.suffix == ".gguf":
+        return _describe_gguf(path)
+    if not path.exists():
+        raise ModelNotFoundError(f"{path.name}: no such file or directory.")
+    raise ModelNotFoundError(f"{path.name} is neither a model directory nor a .gguf file.")
+
+
+def _describe_directory(directory: Path) -> ModelDescription:
+    config = ModelConfig(read_json_object(directory / "config.json"), "config.json")
+    files = weight_files(directory)
+    generation = directory / "generation_config.json"
+    eos = config.token_ids("eos_token_id")
+    if generation.is_file():
+        eos = ModelConfig(read_json_object(generation), generation.name).token_ids("eos_token_id") or eos
+    stored: dict[str, int] = {}
+    for entry in read_header(files[0]):
+        stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.num_bytes
+    main = max(stored, key=lambda dtype: stored[dtype], default="F32")
+    return _description(config, eos, WeightFormat.SAFETENSORS, DTYPE_NAMES.get(main, main))
+
+
+def _describe_gguf(path: Path) -> ModelDescription:
+    file = GgufFile(path)
+    try:
+        config = config_from_metadata(file)
+        stored: dict[str, int] = {}
+        for tensor in file.tensors.values():
+            stored[tensor.ggml_type.name] = stored.get(tensor.ggml_type.name, 0) + tensor.num_bytes
+    finally:
+        file.close()
+    main = max(stored, key=lambda kind: stored[kind], default="F32")
+    return _description(config, config.token_ids("eos_token_id"), WeightFormat.GGUF, main)
+
+
+def _description(
+    config: ModelConfig, eos: tuple[int, ...], weight_format: WeightFormat, stored_dtype: str
+) -> ModelDescription:
+    model_type = config.text("model_type")
+    spec = load_family(model_type).spec(config)
+    bos = config.token_ids("bos_token_id")
+    return ModelDescription(
+        model_type=model_type,
+        family=model_type,
+        weight_format=weight_format,
+        stored_dtype=stored_dtype,
+        spec=spec,
+        max_positions=config.integer("max_position_embeddings"),
+        # Some configurations name ids that the embedding does not have; those can never be produced.
+        eos_token_ids=tuple(token_id for token_id in eos if token_id < spec.vocab_size),
+        bos_token_id=bos[0] if bos and bos[0] < spec.vocab_size else None,
+    )

@@ -1,0 +1,60 @@
+"""What a decoder is, layer by layer, as data that a family file writes and `decoder.py` runs. See ADR-0004.
+
+Torch-free: the launcher plans memory with it.
+"""
+
+from weft.models.spec.description import DTYPE_BYTES, ModelDescription, WeightFormat
+from weft.models.spec.layout import (
+    AttentionSpec,
+    DecoderSpec,
+    LayerSpec,
+    LinearSpec,
+    MlpSpec,
+    NormSpec,
+    WeightRef,
+)
+from weft.models.spec.reading import (
+    ACTIVATIONS,
+    Dimensions,
+    causal_decoder,
+    plain_linear,
+    read_dimensions,
+    separate_attention,
+    separate_mlp,
+)
+from weft.models.spec.rope import (
+    FrequencyDivisors,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeSpec,
+    YarnScaling,
+    read_rope,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPE_BYTES",
+    "AttentionSpec",
+    "DecoderSpec",
+    "Dimensions",
+    "FrequencyDivisors",
+    "LayerSpec",
+    "LinearScaling",
+    "LinearSpec",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "MlpSpec",
+    "ModelDescription",
+    "NormSpec",
+    "RopeSpec",
+    "WeightFormat",
+    "WeightRef",
+    "YarnScaling",
+    "causal_decoder",
+    "plain_linear",
+    "read_dimensions",
+    "read_rope",
+    "separate_attention",
+    "separate_mlp",
+]
