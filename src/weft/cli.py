@@ -1,0 +1,110 @@
+"""The command line: a table of commands, each a function that is imported when it is called.
+
+`weft serve` and `text-generation-launcher` are one command. Nothing here, and nothing that `--help` needs, imports
+torch, transformers or gRPC.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from weft import __version__
+from weft.errors import StartupError, UsageError
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("weft.commands.serve:serve", "serve a model over HTTP"),
+    "download": ("weft.commands.download:download", "fetch a model into the cache and print where it is"),
+    "config": ("weft.commands.config:config", "show every setting, its value and where the value comes from"),
+    "router": ("weft.commands.process:router", "run the HTTP process alone, on a launcher's run directory"),
+    "shard": ("weft.commands.process:shard", "run one model process alone, on a launcher's run directory"),
+}
+"""Name → where its function stands, and what it does."""
+
+_USAGE = """\
+usage: weft COMMAND [ARGUMENT …]
+
+{commands}
+
+weft COMMAND --help explains a command, weft --version prints the version."""
+
+
+def main() -> int:
+    """The command `weft`; returns the exit code."""
+    return _guarded(_weft, sys.argv[1:])
+
+
+def launcher_main() -> int:
+    """TGI's `text-generation-launcher`: `weft serve`."""
+    return _guarded(lambda argv: _run("serve", argv), sys.argv[1:])
+
+
+def router_main() -> int:
+    """TGI's `text-generation-router`: `weft router`."""
+    return _guarded(lambda argv: _run("router", argv), sys.argv[1:])
+
+
+def server_main() -> int:
+    """TGI's `text-generation-server`: `serve` and `download-weights`."""
+    return _guarded(_server, sys.argv[1:])
+
+
+def benchmark_main() -> int:
+    """TGI's `text-generation-benchmark`."""
+    return _guarded(_benchmark, sys.argv[1:])
+
+
+def _weft(argv: Sequence[str]) -> int:
+    name = argv[0] if argv else "--help"
+    if name in {"-h", "--help", "help"}:
+        width = max(map(len, COMMANDS))
+        lines = (f"  {command:{width}}  {text}" for command, (_, text) in COMMANDS.items())
+        sys.stdout.write(_USAGE.format(commands="\n".join(lines)) + "\n")
+        return 0
+    if name in {"-V", "--version"}:
+        return _print_version()
+    if name not in COMMANDS:
+        raise UsageError(f"weft: no command {name!r}. Commands: {', '.join(COMMANDS)}.")
+    return _run(name, argv[1:])
+
+
+def _server(argv: Sequence[str]) -> int:
+    names = {"serve": "shard", "download-weights": "download"}
+    if not argv or argv[0] not in names:
+        raise UsageError(f"text-generation-server: say one of {', '.join(names)}.")
+    return _run(names[argv[0]], argv[1:])
+
+
+def _benchmark(_argv: Sequence[str]) -> int:
+    raise UsageError(
+        "text-generation-benchmark measures shards without the router, which this version cannot do yet; "
+        "`make bench` measures the whole server."
+    )
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    if "--version" in argv or "-V" in argv:
+        return _print_version()
+    module, _, function = COMMANDS[name][0].partition(":")
+    command: Callable[[Sequence[str], Mapping[str, str]], int] = getattr(importlib.import_module(module), function)
+    return command(argv, os.environ)
+
+
+def _print_version() -> int:
+    sys.stdout.write(f"weft {__version__}\n")
+    return 0
+
+
+def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Turn expected failures into a message and an exit code; anything else is a bug and shows its trace."""
+    try:
+        return command(argv)
+    except StartupError as error:
+        sys.stderr.write(f"Error: {error.message}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left; nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

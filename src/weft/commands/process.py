@@ -1,0 +1,28 @@
+"""`weft router` and `weft shard`: one process of a server, for people who debug it.
+
+Both work on the run directory that a launcher has made (`--run-dir`); the launcher starts them by the same modules.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from weft.errors import UsageError
+
+
+def router(argv: Sequence[str], _environ: Mapping[str, str]) -> int:
+    """Run `weft.router.main`."""
+    return _run("weft.router.main", argv, "text-generation-launcher starts the router")
+
+
+def shard(argv: Sequence[str], _environ: Mapping[str, str]) -> int:
+    """Run `weft.server.main`."""
+    return _run("weft.server.main", argv, "text-generation-launcher starts the shards")
+
+
+def _run(module: str, argv: Sequence[str], hint: str) -> int:
+    if not {"--run-dir", "--help", "-h"}.intersection(word.partition("=")[0] for word in argv):
+        raise UsageError(f"{hint}; to start one alone, give it the --run-dir of a running launcher.")
+    sys.argv = [module, *argv]
+    status: int = importlib.import_module(module).main()
+    return status
