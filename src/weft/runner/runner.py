@@ -20,14 +20,13 @@ from weft.core.plan import StepPlan, StepResult
 from weft.errors import GenerationError, InvariantBroken, NumericalError
 from weft.kernels import ops
 from weft.models.forward_batch import ForwardBatch
+from weft.parallel.groups import Group
 from weft.runner.batch import BatchBuilder, StepBatch
 from weft.runner.kv_pool import KvPool
+from weft.runner.sampling.logprobs import PROMPT_LOGPROB_BYTES
 from weft.runner.sampling.sampler import SampledTokens, Sampler
 from weft.runner.sampling.watermark import WatermarkSettings
 from weft.runner.slots import SlotTables
-
-PROMPT_LOGPROB_BYTES = 64 * 1024 * 1024
-"""Most memory that the logits of prompt tokens may take at a time; part of the activation budget."""
 
 
 class Model(Protocol):
@@ -35,24 +34,6 @@ class Model(Protocol):
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Write the keys and values of the step's rows; return the logits of `batch.logit_rows`, [S', V] float32."""
-        ...
-
-
-class Ranks(Protocol):
-    """What the runner needs of a process group (`parallel.groups.Group`)."""
-
-    @property
-    def rank(self) -> int:
-        """This process' index."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        ...
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
         ...
 
 
@@ -69,7 +50,7 @@ class ModelRunner:
         vocab_size: int,
         device: torch.device,
         watermark: WatermarkSettings | None = None,
-        group: Ranks | None = None,
+        group: Group | None = None,
     ) -> None:
         self._model = model
         self._vocab_size = vocab_size

@@ -7,6 +7,9 @@ from weft.core.plan import TopTokens
 from weft.kernels import ops
 from weft.limits import LIMITS
 
+PROMPT_LOGPROB_BYTES = 64 * 1024 * 1024
+"""Most memory that the logits of prompt tokens may take at a time; part of the activation budget."""
+
 MAX_TIED_TOP_TOKENS = LIMITS.max_top_n_tokens_cap
 """Ties kept behind the last place: a flat distribution must not report the whole vocabulary."""
 

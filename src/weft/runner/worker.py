@@ -1,0 +1,20 @@
+"""The life of a rank other than 0: run every plan that comes, report nothing.
+
+Its results are dropped: what it computes reaches rank 0 through the model's collectives. It never decides that a
+request failed; whatever goes wrong here ends the process, and with it the group.
+"""
+
+from weft.parallel.broadcast import PlanReceiver
+from weft.runner.runner import ModelRunner
+
+
+def run_plans(runner: ModelRunner, receiver: PlanReceiver) -> int:
+    """Run plans until rank 0 takes leave; returns how many there were.
+
+    Raises   EngineFatal: rank 0 is gone, or a plan contradicts this rank's tables
+    """
+    num_plans = 0
+    while (plan := receiver.receive()) is not None:
+        runner.execute(plan)
+        num_plans += 1
+    return num_plans
