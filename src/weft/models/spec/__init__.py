@@ -15,12 +15,17 @@ from weft.models.spec.layout import (
 )
 from weft.models.spec.reading import (
     ACTIVATIONS,
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
     Dimensions,
     causal_decoder,
+    layer_windows,
     plain_linear,
     read_dimensions,
+    refuse_bidirectional,
     separate_attention,
     separate_mlp,
+    upper_layer_windows,
 )
 from weft.models.spec.rope import (
     FrequencyDivisors,
@@ -35,6 +40,8 @@ from weft.models.spec.rope import (
 __all__ = [
     "ACTIVATIONS",
     "DTYPE_BYTES",
+    "FULL_ATTENTION",
+    "SLIDING_ATTENTION",
     "AttentionSpec",
     "DecoderSpec",
     "Dimensions",
@@ -52,9 +59,12 @@ __all__ = [
     "WeightRef",
     "YarnScaling",
     "causal_decoder",
+    "layer_windows",
     "plain_linear",
     "read_dimensions",
     "read_rope",
+    "refuse_bidirectional",
     "separate_attention",
     "separate_mlp",
+    "upper_layer_windows",
 ]

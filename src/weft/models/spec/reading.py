@@ -1,5 +1,6 @@
 """The parts that families share when they turn a configuration into a spec."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weft.models.spec.layout import (
@@ -21,6 +22,10 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 """Configuration name → kind of `ops.gated_activation`."""
+
+
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +117,32 @@ def separate_mlp(prefix: str, dims: Dimensions, *, activation: str, bias: bool =
         up=plain_linear(f"{prefix}.up_proj", dims.intermediate_size, dims.hidden_size, bias=bias),
         down=plain_linear(f"{prefix}.down_proj", dims.hidden_size, dims.intermediate_size, bias=bias),
     )
+
+
+def layer_windows(config: ModelConfig, default_types: Sequence[str], *, window: int) -> tuple[int, ...]:
+    """The attention window of each layer by `layer_types` (or the family's default types); 0 = all positions.
+
+    Raises   ModelNotFoundError: wrong number of types, or one that is neither full nor sliding attention
+    """
+    types = config.texts("layer_types", len(default_types)) if config.has("layer_types") else default_types
+    if not set(types) <= {FULL_ATTENTION, SLIDING_ATTENTION}:
+        raise config.fault("layer_types", f"made of {FULL_ATTENTION} and {SLIDING_ATTENTION}", show=False)
+    return tuple(window if kind == SLIDING_ATTENTION else 0 for kind in types)
+
+
+def upper_layer_windows(config: ModelConfig, num_layers: int) -> tuple[int, ...]:
+    """Qwen's windows: `sliding_window` counts only with `use_sliding_window`, from layer `max_window_layers` on."""
+    if not config.boolean("use_sliding_window", False):
+        return (0,) * num_layers
+    first = config.integer("max_window_layers", 28, minimum=0)
+    types = [SLIDING_ATTENTION if index >= first else FULL_ATTENTION for index in range(num_layers)]
+    return layer_windows(config, types, window=config.integer("sliding_window", 4096))
+
+
+def refuse_bidirectional(config: ModelConfig) -> None:
+    """Raise ModelNotFoundError for a checkpoint that encodes text in both directions: it cannot generate."""
+    if config.boolean("use_bidirectional_attention", False):
+        raise config.fault("use_bidirectional_attention", "false for text generation", show=False)
 
 
 def plain_linear(prefix: str, out_features: int, in_features: int, *, bias: bool = False) -> LinearSpec:

@@ -109,9 +109,10 @@ def _read_scaling(section: ModelConfig, config: ModelConfig, rotary_dim: int) ->
                 high_freq_factor=section.number("high_freq_factor"),
                 original_max_positions=_original_max_positions(section, config),
             )
-        case "yarn":
+        # Early Phi-3 files say yarn and mean longrope; only the latter has lists of factors.
+        case "yarn" if not section.has("long_factor"):
             return _read_yarn(section, config)
-        case "longrope" | "su":
+        case "longrope" | "su" | "yarn":
             return _read_long_rope(section, config, rotary_dim)
         case "divisors":  # our own spelling of GGUF's `rope_freqs` tensor, see weights/gguf_config.py
             return FrequencyDivisors(section.numbers("divisors", rotary_dim // 2))
@@ -119,10 +120,9 @@ def _read_scaling(section: ModelConfig, config: ModelConfig, rotary_dim: int) ->
 
 
 def _original_max_positions(section: ModelConfig, config: ModelConfig) -> int:
+    # transformers gives the field beside the section precedence over the one inside.
     name = "original_max_position_embeddings"
-    if section.has(name):
-        return section.integer(name)
-    return config.integer(name, config.integer("max_position_embeddings"))
+    return config.optional_integer(name) or section.integer(name, config.integer("max_position_embeddings"))
 
 
 def _read_yarn(section: ModelConfig, config: ModelConfig) -> YarnScaling:
