@@ -43,11 +43,21 @@ class MemoryPlan:
 
     num_blocks: int
     block_size_tokens: int
+    block_bytes: int
     weights_bytes: int
-    kv_bytes: int
     activation_bytes: int
-    free_bytes: int
-    """Left to the system and to other processes when everything above is in use."""
+    available_bytes: int
+    """Left after loading, before pool and activations."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the KV pool."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Left to the system and to other processes when everything above is in use."""
+        return self.available_bytes - self.activation_bytes - self.kv_bytes
 
     @property
     def max_batch_total_tokens(self) -> int:
@@ -58,30 +68,37 @@ class MemoryPlan:
 def plan_memory(
     shape: KvShape,
     *,
+    device: torch.device,
     available_bytes: int,
     weights_bytes: int,
     activation_bytes: int,
-    pool_bytes: int,
+    pool_bytes: int | None,
     required_tokens: int,
     max_batch_total_tokens: int | None = None,
 ) -> MemoryPlan:
     """Divide what is left after the weights were loaded.
 
-    Units   available_bytes: `available_memory_bytes` after loading; pool_bytes: `default_pool_bytes` or the user's
-            number; required_tokens: the longest sequence that must fit alone (`--max-total-tokens`);
-            max_batch_total_tokens caps the pool, but never below required_tokens
-    Raises  DoesNotFitError: the longest sequence does not fit; names one setting and the value that would do
+    Units   available_bytes: `available_memory_bytes` after loading; pool_bytes: the user's number, None = by itself;
+            required_tokens: the longest sequence, which must fit alone (`--max-total-tokens`; 1 when that follows
+            from the plan); max_batch_total_tokens caps the pool, but never below required_tokens
+    Raises  DoesNotFitError: the pool asked for, or the longest sequence, does not fit; names the value that would do
     """
     block_bytes, block_size = shape.block_bytes, shape.block_size_tokens
-    usable_bytes = max(0, available_bytes - activation_bytes)
-    num_blocks = min(pool_bytes, usable_bytes) // block_bytes
+    usable_bytes = available_bytes - activation_bytes
+    if pool_bytes is not None and pool_bytes > usable_bytes:
+        raise DoesNotFitError(
+            f"--kv-pool-bytes: {_mebibytes(pool_bytes)} do not fit. {_situation(available_bytes, weights_bytes)} Use "
+            f"--kv-pool-bytes {max(usable_bytes, 0)} or less, or leave it out."
+        )
+    if pool_bytes is None:
+        pool_bytes = default_pool_bytes(device, available_bytes, activation_bytes)
+    num_blocks = max(0, min(pool_bytes, usable_bytes)) // block_bytes
     required_blocks = -(-required_tokens // block_size)
     if num_blocks < required_blocks:
         needed_bytes = required_blocks * block_bytes
         raise DoesNotFitError(
             f"A sequence of {required_tokens} tokens needs a KV pool of {_mebibytes(needed_bytes)}, and "
-            f"{_mebibytes(num_blocks * block_bytes)} fit: {_mebibytes(available_bytes)} of memory are left after "
-            f"{_mebibytes(weights_bytes)} of weights, {_mebibytes(activation_bytes)} of them for activations. "
+            f"{_mebibytes(num_blocks * block_bytes)} fit. {_situation(available_bytes, weights_bytes)} "
             + _suggestion(needed_bytes, usable_bytes, num_blocks * block_size)
         )
     if max_batch_total_tokens is not None:
@@ -89,10 +106,10 @@ def plan_memory(
     return MemoryPlan(
         num_blocks=num_blocks,
         block_size_tokens=block_size,
+        block_bytes=block_bytes,
         weights_bytes=weights_bytes,
-        kv_bytes=num_blocks * block_bytes,
         activation_bytes=activation_bytes,
-        free_bytes=available_bytes - activation_bytes - num_blocks * block_bytes,
+        available_bytes=available_bytes,
     )
 
 
@@ -195,6 +212,10 @@ def _read_statistic(path: Path, name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+def _situation(available_bytes: int, weights_bytes: int) -> str:
+    return f"{_mebibytes(available_bytes)} of memory are left after {_mebibytes(weights_bytes)} of weights."
 
 
 def _suggestion(needed_bytes: int, usable_bytes: int, fitting_tokens: int) -> str:
