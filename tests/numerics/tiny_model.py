@@ -16,10 +16,20 @@ class TinyModel:
         self.embedding = torch.randn(vocab_size, head_dim, generator=draw)
         self.projections = torch.randn(num_layers, 3, head_dim, head_dim, generator=draw) / head_dim**0.5
         self.output = torch.randn(vocab_size, head_dim, generator=draw)
-        self.num_forwards = 0
+        self.largest_logits_rows = 0
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        self.num_forwards += 1
+        return self.logits(self.hidden_states(batch))
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.largest_logits_rows = max(self.largest_logits_rows, len(hidden_states))
+        return (
+            torch.stack([self.output @ x for x in hidden_states])
+            if len(hidden_states)
+            else self.output[:, 0].new_empty(0, len(self.output))
+        )
+
+    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = [self._embed(int(t), int(p)) for t, p in zip(batch.token_ids, batch.positions, strict=True)]
         for layer, kv in enumerate(batch.kv):
             block_size = kv.keys.shape[2]
@@ -36,9 +46,7 @@ class TinyModel:
                     keys = torch.stack([kv.keys[b, 0, o] for b, o in places])
                     values = torch.stack([kv.values[b, 0, o] for b, o in places])
                     hidden[row] = hidden[row] + torch.softmax(keys @ queries[row], 0) @ values
-        if len(batch.logit_rows) == 0:
-            return torch.empty(0, self.output.shape[0])
-        return torch.stack([self.output @ hidden[int(row)] for row in batch.logit_rows])
+        return torch.stack(hidden)[batch.logit_rows.long()]
 
     def _embed(self, token: int, position: int) -> torch.Tensor:
         return self.embedding[token] * (1 + 0.01 * position)

@@ -86,7 +86,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A loaded model, or one rank's share of it. `forward` is its only behaviour."""
+    """A loaded model, or one rank's share of it. `forward` and its two halves are its only behaviour."""
 
     def __init__(
         self,
@@ -132,10 +132,26 @@ class Decoder:
 
         Shapes   → logits `[S', V]` float32 of the rows in `batch.logit_rows`, equal on every rank
         """
+        return self.logits(self.hidden_states(batch))
+
+    @torch.inference_mode()
+    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
+        """The first part of `forward`: everything but the output layer.
+
+        Shapes   → normalized `[S', E]` of the rows in `batch.logit_rows`
+        """
         embedded = self._vocabulary.embed(batch.token_ids)
         delta, residual = self._layers[0](None, embedded, batch, batch.kv[0])
         for layer, kv in zip(self._layers[1:], batch.kv[1:], strict=True):
             delta, residual = layer(delta, residual, batch, kv)
         rows = batch.logit_rows
         normed, _ = self._final_norm.add(delta[rows], residual[rows])
-        return self._vocabulary.logits(normed)
+        return normed
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The second part of `forward`, for callers that want the logits of many rows piece by piece.
+
+        Shapes   `[S', E]` → `[S', V]` float32, equal on every rank
+        """
+        return self._vocabulary.logits(hidden_states)

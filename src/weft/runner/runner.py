@@ -36,6 +36,14 @@ class Model(Protocol):
         """Write the keys and values of the step's rows; return the logits of `batch.logit_rows`, [S', V] float32."""
         ...
 
+    def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
+        """The first half of `forward`: what the output layer takes for `batch.logit_rows`, [S', E]."""
+        ...
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The second half of `forward`: [S', E] → [S', V] float32."""
+        ...
+
 
 class ModelRunner:
     """Runs plans in order. Not safe for use from two threads at once."""
@@ -83,10 +91,10 @@ class ModelRunner:
                 self._sampler.start(start)
             self._tables.append_blocks(plan)
             batch = self._batches.build(plan)
-            logits = self._forward(batch.forward)
+            wanted = self._prompt_targets(batch)
+            logits, prompt_logprobs = self._forward_with_prompt(batch, wanted) if wanted else (self._forward(batch), {})
             sampled = self._sample(logits, batch)
             token_ids = self._write_tokens(sampled.token_ids, batch)
-            prompt_logprobs = self._prompt_logprobs(batch)
             chosen, logprobs = token_ids.tolist(), sampled.logprobs.cpu().numpy()
             failures = self._failures(sampled.token_ids.cpu().numpy(), logprobs, batch)
         self._sampler.append(batch.sampling_slots, chosen)
@@ -101,11 +109,13 @@ class ModelRunner:
             failures=failures,
         )
 
-    def _forward(self, forward: ForwardBatch) -> torch.Tensor:
-        logits = self._model.forward(forward)
-        expected = (len(forward.logit_rows), self._vocab_size)
-        if logits.shape != expected or logits.dtype != torch.float32:
-            raise InvariantBroken(f"logits are {list(logits.shape)} {logits.dtype}, expected {list(expected)} float32")
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        return self._checked(self._model.forward(batch.forward), len(batch.sampling_rows))
+
+    def _checked(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
+        if logits.shape != (num_rows, self._vocab_size) or logits.dtype != torch.float32:
+            expected = f"[{num_rows}, {self._vocab_size}] float32"
+            raise InvariantBroken(f"the model gave logits {list(logits.shape)} {logits.dtype} instead of {expected}")
         return logits
 
     def _sample(self, logits: torch.Tensor, batch: StepBatch) -> SampledTokens:
@@ -142,25 +152,41 @@ class ModelRunner:
         failures = dict.fromkeys(batch.sampling_rows[is_broken].tolist(), NumericalError.code)
         return failures | dict.fromkeys(batch.sampling_rows[is_outside].tolist(), GenerationError.code)
 
-    def _prompt_logprobs(self, batch: StepBatch) -> dict[int, tuple[float, ...]]:
-        """Plan row → raw log-probabilities of the prompt tokens that follow the row's tokens."""
-        wanted = np.flatnonzero(self._sampler.wants_prompt_logprobs[batch.slots])
-        reported: dict[int, tuple[float, ...]] = {}
-        for row in wanted.tolist():
-            slot, first = int(batch.slots[row]), int(batch.first_positions[row])
-            last = min(first + int(batch.num_tokens[row]), int(self._tables.num_prompt_tokens[slot]) - 1)
-            if last > first:
-                targets = self._tables.token_ids[slot, first + 1 : last + 1]
-                reported[row] = self._logprobs_of(batch.forward, int(batch.query_starts[row]), targets)
-        return reported
+    def _prompt_targets(self, batch: StepBatch) -> dict[int, tuple[int, int]]:
+        """Plan row → (first, end) of the prompt positions whose log-probability the step can tell."""
+        targets: dict[int, tuple[int, int]] = {}
+        for row in np.flatnonzero(self._sampler.wants_prompt_logprobs[batch.slots]).tolist():
+            first = int(batch.first_positions[row]) + 1
+            num_prompt = int(self._tables.num_prompt_tokens[batch.slots[row]])
+            end = min(first + int(batch.num_tokens[row]), num_prompt)
+            if first < end:
+                targets[row] = (first, end)
+        return targets
 
-    def _logprobs_of(self, forward: ForwardBatch, first_row: int, targets: torch.Tensor) -> tuple[float, ...]:
-        """Log-softmax at `targets` [n] of the packed rows from `first_row` on, in pieces of bounded memory."""
+    def _forward_with_prompt(
+        self, batch: StepBatch, wanted: dict[int, tuple[int, int]]
+    ) -> tuple[torch.Tensor, dict[int, tuple[float, ...]]]:
+        """Logits of the sampling rows, and raw log-probabilities of the wanted prompt tokens by plan row.
+
+        The hidden states of all these rows are kept, their logits only piece by piece: those of a whole prompt
+        may be larger than the model.
+        """
+        forward = batch.forward
+        packed = [np.arange(end - first) + batch.query_starts[row] for row, (first, end) in wanted.items()]
+        prompt_rows = torch.from_numpy(np.concatenate(packed).astype(np.int32)).to(self._device)
+        targets = torch.cat([self._tables.token_ids[batch.slots[row], slice(*ends)] for row, ends in wanted.items()])
+        logit_rows = torch.cat([forward.logit_rows, prompt_rows])
+        hidden = self._model.hidden_states(replace(forward, logit_rows=logit_rows))
+        num_sampling = len(batch.sampling_rows)
+        logits = self._checked(self._model.logits(hidden[:num_sampling]), num_sampling)
         rows_per_piece = max(1, PROMPT_LOGPROB_BYTES // (4 * self._vocab_size))
-        pieces: list[float] = []
-        for start in range(0, len(targets), rows_per_piece):
-            piece = targets[start : start + rows_per_piece]
-            rows = torch.arange(len(piece), dtype=torch.int32, device=self._device) + (first_row + start)
-            logits = self._forward(replace(forward, logit_rows=rows))
-            pieces.extend(ops.token_logprobs(logits, piece.long()).tolist())
-        return tuple(pieces)
+        logprobs: list[float] = []
+        for hidden_piece, piece in zip(
+            hidden[num_sampling:].split(rows_per_piece), targets.long().split(rows_per_piece), strict=True
+        ):
+            prompt_logits = self._checked(self._model.logits(hidden_piece), len(piece))
+            logprobs.extend(ops.token_logprobs(prompt_logits, piece).tolist())
+        ends = np.cumsum([end - first for first, end in wanted.values()]).tolist()
+        starts = [0, *ends[:-1]]
+        spans = zip(wanted, starts, ends, strict=True)
+        return logits, {row: tuple(logprobs[start:end]) for row, start, end in spans}
