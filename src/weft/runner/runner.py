@@ -10,6 +10,8 @@ rounding difference between ranks can ever make their sequences differ.
 
 import time
 from dataclasses import replace
+from itertools import islice
+from math import isfinite
 from typing import Protocol
 
 import numpy as np
@@ -97,6 +99,9 @@ class ModelRunner:
             token_ids = self._write_tokens(sampled.token_ids, batch)
             chosen, logprobs = token_ids.tolist(), sampled.logprobs.cpu().numpy()
             failures = self._failures(sampled.token_ids.cpu().numpy(), logprobs, batch)
+            failures |= {
+                row: NumericalError.code for row, told in prompt_logprobs.items() if not all(map(isfinite, told))
+            }
         self._sampler.append(batch.sampling_slots, chosen)
         rows = batch.sampling_rows.tolist()
         return StepResult(
@@ -171,22 +176,22 @@ class ModelRunner:
         The hidden states of all these rows are kept, their logits only piece by piece: those of a whole prompt
         may be larger than the model.
         """
-        forward = batch.forward
         packed = [np.arange(end - first) + batch.query_starts[row] for row, (first, end) in wanted.items()]
         prompt_rows = torch.from_numpy(np.concatenate(packed).astype(np.int32)).to(self._device)
-        targets = torch.cat([self._tables.token_ids[batch.slots[row], slice(*ends)] for row, ends in wanted.items()])
-        logit_rows = torch.cat([forward.logit_rows, prompt_rows])
-        hidden = self._model.hidden_states(replace(forward, logit_rows=logit_rows))
+        targets = torch.cat([self._tables.token_ids[batch.slots[row], slice(*span)] for row, span in wanted.items()])
+        logit_rows = torch.cat([batch.forward.logit_rows, prompt_rows])
+        hidden = self._model.hidden_states(replace(batch.forward, logit_rows=logit_rows))
         num_sampling = len(batch.sampling_rows)
         logits = self._checked(self._model.logits(hidden[:num_sampling]), num_sampling)
+        logprobs = iter(self._piecewise_logprobs(hidden[num_sampling:], targets.long()))
+        return logits, {row: tuple(islice(logprobs, end - first)) for row, (first, end) in wanted.items()}
+
+    def _piecewise_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> list[float]:
+        """Log-softmax of the logits of each hidden state at its target. Shapes: hidden [n, E], targets [n]."""
         rows_per_piece = max(1, PROMPT_LOGPROB_BYTES // (4 * self._vocab_size))
         logprobs: list[float] = []
-        for hidden_piece, piece in zip(
-            hidden[num_sampling:].split(rows_per_piece), targets.long().split(rows_per_piece), strict=True
-        ):
-            prompt_logits = self._checked(self._model.logits(hidden_piece), len(piece))
-            logprobs.extend(ops.token_logprobs(prompt_logits, piece).tolist())
-        ends = np.cumsum([end - first for first, end in wanted.values()]).tolist()
-        starts = [0, *ends[:-1]]
-        spans = zip(wanted, starts, ends, strict=True)
-        return logits, {row: tuple(logprobs[start:end]) for row, start, end in spans}
+        for start in range(0, len(targets), rows_per_piece):
+            piece = targets[start : start + rows_per_piece]
+            logits = self._checked(self._model.logits(hidden[start : start + rows_per_piece]), len(piece))
+            logprobs.extend(ops.token_logprobs(logits, piece).tolist())
+        return logprobs
