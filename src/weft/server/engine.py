@@ -133,7 +133,7 @@ class Engine:
                 pass
         except EngineFatal as error:
             self._on_fatal(error)
-        except Exception as error:  # noqa: BLE001 - the process border: a bug in planning must stop the shard, loudly
+        except Exception as error:
             log.exception("engine.bug")
             self._on_fatal(InvariantBroken(f"the engine loop failed: {type(error).__name__}"))
 
@@ -159,7 +159,7 @@ class Engine:
             result = step.result.result()
         except EngineFatal:
             raise
-        except Exception:  # noqa: BLE001 - whatever a step raises belongs to the sequences of that step
+        except Exception:
             log.exception("engine.step_failed", step_id=step.plan.step_id, num_rows=step.plan.num_rows)
         self._progress_ns = now_ns = self._clock.now_ns()
         if result is None:

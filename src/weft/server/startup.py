@@ -1,0 +1,415 @@
+"""From settings to a rank that can run steps: meet the other ranks, read weights, size the KV pool, warm up.
+
+Each phase is timed and reported as a log event (`startup.progress`), which the launcher turns into what clients see
+while they wait. Ranks agree on the number of blocks by taking the least; everything else follows from the settings.
+A context that memory cannot hold is clipped and named, never a reason not to start.
+"""
+
+import hashlib
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+import torch
+
+from weft import __version__
+from weft.config import Settings
+from weft.core.info import EngineInfo
+from weft.core.plan import SequenceStart, StepPlan
+from weft.core.request import RequestId, SamplingParams, Slot, StopConditions
+from weft.errors import DeviceError, DoesNotFitError, InvariantBroken
+from weft.kernels import processor
+from weft.kernels import registry as kernel_registry
+from weft.limits import LIMITS
+from weft.models import registry as model_registry
+from weft.models.decoder import Decoder, load_decoder
+from weft.models.spec import ModelDescription
+from weft.parallel.groups import Group, SoloGroup, join_group
+from weft.runner import memory
+from weft.runner.kv_pool import KvPool
+from weft.runner.memory import KvShape, MemoryPlan
+from weft.runner.runner import ModelRunner
+from weft.runner.sampling.watermark import WatermarkSettings
+from weft.scheduler.config import SchedulerConfig
+
+log = structlog.get_logger("weft.startup")
+
+DEFAULT_BLOCK_SIZE_TOKENS = {"cpu": 32, "cuda": 64}
+DEFAULT_INTER_TOKEN_TARGET_MS = {"cpu": 80.0, "cuda": 30.0}
+DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
+MIN_TOTAL_TOKENS = 2
+WARMUP_TOKENS = 64
+RENDEZVOUS_TIMEOUT_S = 120.0
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NS_PER_MS = 1_000_000
+
+
+class PhaseTimer:
+    """Says what the process is doing and remembers how long each phase took."""
+
+    def __init__(self) -> None:
+        self.seconds: list[tuple[str, float]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one phase; it is announced when it begins."""
+        self.progress(name, 0.0)
+        begin = time.monotonic()
+        yield
+        self.seconds.append((name, time.monotonic() - begin))
+
+    def progress(self, name: str, percent: float) -> None:
+        """Announce how far a phase has come, 0–100."""
+        log.info("startup.progress", phase=name, percent=round(percent, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRank:
+    """A rank that can run steps."""
+
+    runner: ModelRunner
+    info: EngineInfo
+    scheduler_config: SchedulerConfig
+    group: Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """What the model runs on and how its numbers are kept."""
+
+    device: torch.device
+    dtype_name: str
+    block_size_tokens: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype_name]
+
+
+def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTimer) -> StartedRank:
+    """Bring up one rank of the group.
+
+    Raises   ModelNotFoundError, DoesNotFitError, DeviceError: with a text for the user
+    """
+    with timer.phase("inspect"):
+        layout = _choose_layout(settings, rank)
+        configure_kernels(settings)
+        description = model_registry.describe(Path(settings.model_path))
+    with timer.phase("connect"):
+        group = connect_ranks(settings, rank, world_size, layout.device)
+    with timer.phase("load"):
+        decoder = load_decoder(
+            Path(settings.model_path),
+            description,
+            dtype=layout.dtype,
+            device=layout.device,
+            group=group,
+            progress=lambda share: timer.progress("load", 100.0 * share),
+        )
+    with timer.phase("allocate"):
+        plan = _plan_memory(settings, description, decoder, layout, group)
+        config = _scheduler_config(settings, description, layout, plan)
+        runner = _build_runner(settings, description, decoder, layout, plan, config, group)
+    with timer.phase("warmup"):
+        warm_up(runner, config)
+    info = _engine_info(settings, description, layout, plan, config, world_size, timer)
+    return StartedRank(runner=runner, info=info, scheduler_config=config, group=group)
+
+
+def choose_device(name: str, rank: int) -> torch.device:
+    """`auto` takes a GPU when there is one. Raises DeviceError when the one asked for is missing."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise DeviceError(
+            "--device: cuda was asked for, and torch finds no GPU. Use --device cpu, or install a driver."
+        )
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if rank >= num_devices:
+        raise DeviceError(
+            f"--num-shard: rank {rank} needs a GPU of its own, and this machine has {num_devices}. "
+            f"Use --num-shard {num_devices} or less."
+        )
+    return torch.device("cuda", rank)
+
+
+def choose_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 where the device computes in it, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if processor.has_bfloat16() else "float32"
+
+
+def configure_kernels(settings: Settings) -> None:
+    """Fix kernel set and threads before the first tensor is packed. Raises DeviceError for a set this CPU lacks."""
+    if settings.threads is not None:
+        kernel_registry.set_threads(settings.threads)
+    if settings.kernels == "auto":
+        return
+    try:
+        kernel_registry.force(settings.kernels)
+    except ValueError as error:
+        raise DeviceError(f"--kernels: {error}") from error
+
+
+def connect_ranks(settings: Settings, rank: int, world_size: int, device: torch.device) -> Group:
+    """Meet the other ranks; alone, there is nobody to meet."""
+    if world_size == 1:
+        return SoloGroup()
+    if settings.master_port is None:
+        raise InvariantBroken("several ranks were started without a rendezvous port")
+    return join_group(
+        rank=rank,
+        world_size=world_size,
+        address=socket.gethostbyname(settings.master_addr),
+        port=settings.master_port,
+        device=device,
+        timeout_s=RENDEZVOUS_TIMEOUT_S,
+    )
+
+
+def warm_up(runner: ModelRunner, config: SchedulerConfig) -> None:
+    """Run a prefill and a decode step through every layer, so that no first request pays for it.
+
+    What it writes is nobody's: the scheduler hands out every block as empty.
+    """
+    num_tokens = min(config.max_total_tokens, config.num_blocks * config.block_size_tokens, WARMUP_TOKENS) - 1
+    num_blocks = -(-(num_tokens + 1) // config.block_size_tokens)
+    start = SequenceStart(
+        slot=Slot(0),
+        request_id=RequestId(0),
+        token_ids=(0,) * num_tokens,
+        num_prompt_tokens=num_tokens,
+        sampling=SamplingParams(do_sample=True, top_k=10, top_p=0.9),
+        stop=StopConditions(max_new_tokens=2),
+    )
+    prefill = StepPlan(
+        step_id=0,
+        starts=(start,),
+        slots=[0],
+        first_positions=[0],
+        num_tokens=[num_tokens],
+        samples=[True],
+        new_block_slots=[0] * num_blocks,
+        new_block_ids=list(range(num_blocks)),
+    )
+    decode = StepPlan(step_id=1, slots=[0], first_positions=[num_tokens], num_tokens=[1], samples=[True])
+    for plan in (prefill, decode):
+        runner.execute(plan)
+
+
+def _choose_layout(settings: Settings, rank: int) -> _Layout:
+    device = choose_device(settings.device, rank)
+    return _Layout(
+        device=device,
+        dtype_name=choose_dtype(settings.dtype, device),
+        block_size_tokens=settings.block_size_tokens or DEFAULT_BLOCK_SIZE_TOKENS[device.type],
+    )
+
+
+def _plan_memory(
+    settings: Settings, description: ModelDescription, decoder: Decoder, layout: _Layout, group: Group
+) -> MemoryPlan:
+    num_kv_heads, head_dim = decoder.kv_shapes[0]
+    shape = KvShape(
+        num_layers=description.num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size_tokens=layout.block_size_tokens,
+        dtype=layout.dtype,
+    )
+    activation_bytes = memory.estimate_activation_bytes(
+        max_step_tokens=_max_batch_prefill_tokens(settings, description),
+        max_step_rows=_max_num_sequences(settings),
+        hidden_size=description.hidden_size,
+        widest_layer=_widest_layer(description),
+        vocab_size=description.vocab_size,
+        dtype=layout.dtype,
+    )
+    num_ranks_here = group.world_size if layout.device.type == "cpu" else 1
+    available_bytes = memory.available_memory_bytes(
+        layout.device, num_ranks=num_ranks_here, fraction=settings.cuda_memory_fraction
+    )
+    plan = memory.plan_memory(
+        shape,
+        device=layout.device,
+        available_bytes=available_bytes,
+        weights_bytes=decoder.weights_bytes,
+        activation_bytes=activation_bytes,
+        pool_bytes=settings.kv_pool_bytes,
+        # Whatever holds a block can serve; a longer context is clipped to what fits.
+        required_tokens=layout.block_size_tokens,
+        max_batch_total_tokens=settings.max_batch_total_tokens,
+    )
+    return replace(plan, num_blocks=_least(group, plan.num_blocks, layout.device))
+
+
+def _widest_layer(description: ModelDescription) -> int:
+    """Largest output of a linear layer as it is run: gate and up together, or queries, keys and values."""
+    layers = description.spec.layers
+    return max(
+        max(
+            2 * layer.ffn.intermediate_size,
+            (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_dim,
+        )
+        for layer in layers
+    )
+
+
+def _least(group: Group, number: int, device: torch.device) -> int:
+    """The smallest of the ranks' numbers."""
+    if group.world_size == 1:
+        return number
+    return int(group.all_gather(torch.tensor([number], dtype=torch.int64, device=device)).min())
+
+
+def _max_batch_prefill_tokens(settings: Settings, description: ModelDescription) -> int:
+    return settings.max_batch_prefill_tokens or min(DEFAULT_MAX_BATCH_PREFILL_TOKENS, description.max_positions)
+
+
+def _max_num_sequences(settings: Settings) -> int:
+    return settings.max_batch_size or min(LIMITS.max_num_sequences, settings.max_concurrent_requests)
+
+
+def _scheduler_config(
+    settings: Settings, description: ModelDescription, layout: _Layout, plan: MemoryPlan
+) -> SchedulerConfig:
+    target_ms = settings.inter_token_target_ms or DEFAULT_INTER_TOKEN_TARGET_MS[layout.device.type]
+    return SchedulerConfig(
+        max_num_sequences=_max_num_sequences(settings),
+        num_blocks=plan.num_blocks,
+        block_size_tokens=layout.block_size_tokens,
+        max_total_tokens=_max_total_tokens(settings, description, plan),
+        vocab_size=description.vocab_size,
+        max_batch_prefill_tokens=_max_batch_prefill_tokens(settings, description),
+        prefix_key=secrets.token_bytes(32),
+        max_batch_total_tokens=None,
+        max_batch_size=settings.max_batch_size,
+        waiting_served_ratio=settings.waiting_served_ratio,
+        max_waiting_tokens=settings.max_waiting_tokens,
+        max_queue_requests=LIMITS.max_queue_requests,
+        prefix_caching=settings.prefix_caching,
+        inter_token_target_ns=int(target_ms * _NS_PER_MS),
+    )
+
+
+def _max_total_tokens(settings: Settings, description: ModelDescription, plan: MemoryPlan) -> int:
+    """The longest sequence: what the user wants, the model knows and the pool holds."""
+    wanted = settings.max_total_tokens or description.max_positions
+    if settings.max_total_tokens is not None and settings.max_total_tokens > description.max_positions:
+        log.warning(
+            "startup.context_clipped",
+            flag="--max-total-tokens",
+            asked=settings.max_total_tokens,
+            given=description.max_positions,
+            reason="the model has no positions beyond",
+        )
+    # The last token of a sequence is sampled and never stored.
+    fits = plan.max_batch_total_tokens + 1
+    if fits < min(wanted, description.max_positions):
+        log.warning(
+            "startup.context_clipped",
+            flag="--kv-pool-bytes",
+            asked=min(wanted, description.max_positions),
+            given=fits,
+            reason="the KV pool holds no longer sequence; a larger one allows it",
+        )
+    granted = min(wanted, description.max_positions, fits)
+    if granted < MIN_TOTAL_TOKENS:
+        raise DoesNotFitError(f"--max-total-tokens: must be >= {MIN_TOTAL_TOKENS}. Given: {granted}")
+    return granted
+
+
+def _build_runner(
+    settings: Settings,
+    description: ModelDescription,
+    decoder: Decoder,
+    layout: _Layout,
+    plan: MemoryPlan,
+    config: SchedulerConfig,
+    group: Group,
+) -> ModelRunner:
+    num_kv_heads, head_dim = decoder.kv_shapes[0]
+    pool = KvPool(
+        num_layers=description.num_layers,
+        num_blocks=plan.num_blocks,
+        num_kv_heads=num_kv_heads,
+        block_size_tokens=layout.block_size_tokens,
+        head_dim=head_dim,
+        dtype=layout.dtype,
+        device=layout.device,
+    )
+    return ModelRunner(
+        decoder,
+        pool,
+        max_num_sequences=config.max_num_sequences,
+        max_total_tokens=config.max_total_tokens,
+        vocab_size=description.vocab_size,
+        device=layout.device,
+        watermark=WatermarkSettings(settings.watermark_gamma, settings.watermark_delta),
+        group=group,
+    )
+
+
+def _engine_info(
+    settings: Settings,
+    description: ModelDescription,
+    layout: _Layout,
+    plan: MemoryPlan,
+    config: SchedulerConfig,
+    world_size: int,
+    timer: PhaseTimer,
+) -> EngineInfo:
+    device_type = layout.device.type
+    kernel_set = kernel_registry.kernel_set(device_type)
+    identity = "\0".join(
+        (__version__, settings.model_id, settings.model_sha or "", layout.dtype_name, kernel_set, str(world_size))
+    )
+    return EngineInfo(
+        model_id=settings.shown_model_name,
+        revision=settings.revision or "",
+        model_type=description.model_type,
+        num_parameters=description.num_parameters,
+        dtype=layout.dtype_name,
+        quantization=description.stored_dtype if description.stored_dtype.upper().startswith(("Q", "I")) else "",
+        device_type=device_type,
+        device_name=_device_name(layout.device),
+        kernel_set=kernel_set,
+        vocab_size=description.vocab_size,
+        max_total_tokens=config.max_total_tokens,
+        max_batch_prefill_tokens=config.max_batch_prefill_tokens,
+        max_batch_total_tokens=plan.max_batch_total_tokens,
+        max_num_sequences=config.max_num_sequences,
+        block_size_tokens=config.block_size_tokens,
+        num_blocks=plan.num_blocks,
+        weights_bytes=plan.weights_bytes,
+        kv_pool_bytes=plan.kv_bytes,
+        activation_bytes=plan.activation_bytes,
+        free_bytes=plan.free_bytes,
+        prefix_caching=config.prefix_caching,
+        batch_invariant=kernel_registry.is_batch_invariant(layout.dtype, device_type),
+        world_size=world_size,
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        phases=tuple(timer.seconds),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.machine()
+    return platform.processor() or platform.machine()
