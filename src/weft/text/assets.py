@@ -1,0 +1,197 @@
+"""Everything about text that a model brings along: tokenizer, special tokens, chat template, end-of-text ids.
+
+One function reads them, whatever form the model has: a directory with `tokenizer.json`, a GGUF file, or a directory
+with a SentencePiece model, which is converted once. All of these files are hostile data and have a size limit.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import tokenizers
+
+from weft.errors import ModelNotFoundError
+from weft.limits import LIMITS
+from weft.text.chat import DEFAULT_TEMPLATE, ChatTemplate
+from weft.text.gguf_tokenizer import cached_tokenizer_directory
+from weft.text.slow_tokenizer import converted_tokenizer_directory
+from weft.text.tokenizer import Tokenizer, read_tokenizer_file
+
+Json = dict[str, Any]
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that a chat template may use by name."""
+
+_MAX_MODEL_LENGTH = 1 << 30
+"""Larger values of `model_max_length` are transformers' way of saying that none is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextAssets:
+    """What the router needs to turn messages into token ids and token ids into text."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    special_tokens: Mapping[str, str]
+    """Name such as `bos_token` → text, for those that the model has."""
+    eos_token_ids: tuple[int, ...]
+    """Every id that ends a completion: of the generation settings, the model and the tokenizer."""
+    model_max_length: int | None
+    """Longest sequence that the tokenizer's author had in mind, None when unknown."""
+
+    @property
+    def bos_token(self) -> str | None:
+        """Text of the token that begins a sequence."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """Text of the token that ends a sequence; `eos_token_ids` may hold more."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of `bos_token`."""
+        return None if self.bos_token is None else self.tokenizer.token_to_id(self.bos_token)
+
+
+def load_text_assets(
+    model_path: Path, cache_dir: Path, tokenizer_config_path: Path | None = None, *, num_threads: int = 2
+) -> TextAssets:
+    """Read the text side of a model.
+
+    model_path             a model directory or a .gguf file
+    cache_dir              where converted tokenizers are kept
+    tokenizer_config_path  read instead of the model's `tokenizer_config.json`; its chat template wins over all others
+    num_threads            threads that encode text
+
+    Raises   ModelNotFoundError: a file is missing or unreadable · StartupError: a kind of tokenizer not supported
+    """
+    directory = model_path if model_path.is_dir() else cached_tokenizer_directory(model_path, cache_dir)
+    tokenizer_directory = directory
+    if not (directory / "tokenizer.json").is_file():
+        tokenizer_directory = converted_tokenizer_directory(directory, cache_dir)
+    own_config = _read_json(directory / "tokenizer_config.json")
+    config = own_config if tokenizer_config_path is None else _read_required_json(tokenizer_config_path)
+    special_tokens = _special_tokens(config, directory)
+    backend = read_tokenizer_file(tokenizer_directory / "tokenizer.json")
+    _declare_special_tokens(backend, config, special_tokens)
+    templates = (_templates_in(config) if tokenizer_config_path is not None else {}) or _templates(
+        directory, own_config
+    )
+    tokenizer = Tokenizer(backend, num_threads=num_threads)
+    return TextAssets(
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(templates, special_tokens) if templates else None,
+        special_tokens=MappingProxyType(special_tokens),
+        eos_token_ids=_eos_token_ids(directory, tokenizer, special_tokens.get("eos_token")),
+        model_max_length=_model_max_length(config),
+    )
+
+
+def _special_tokens(config: Json, directory: Path) -> dict[str, str]:
+    """Returns name → text. Each value is a string, or an object with the string as `content`."""
+    sources = [config]
+    if "added_tokens_decoder" not in config:
+        # Before 2023 the names stood in a file of their own; newer files repeat it with less care.
+        sources.append(_read_json(directory / "special_tokens_map.json"))
+    found: dict[str, str] = {}
+    for source in sources:
+        for name in SPECIAL_TOKEN_NAMES:
+            text = _token_text(source.get(name))
+            if text:
+                found.setdefault(name, text)
+    return found
+
+
+def _token_text(value: object) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _declare_special_tokens(backend: tokenizers.Tokenizer, config: Json, special_tokens: Mapping[str, str]) -> None:
+    """Makes the tokenizer know as special what only `tokenizer_config.json` calls so, as transformers does.
+
+    Tokens that the vocabulary does not have are left out: their ids would lie outside the embedding table.
+    """
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    names: Iterable[object] = extra.values() if isinstance(extra, dict) else extra
+    listed = [entry for entry in config.get("added_tokens_decoder", {}).values() if entry.get("special")]
+    texts = {*special_tokens.values(), *map(_token_text, names), *map(_token_text, listed)} - {None, ""}
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = sorted(text for text in texts - known if text is not None and backend.token_to_id(text) is not None)
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in missing])
+
+
+def _templates(directory: Path, config: Json) -> dict[str, str]:
+    """Returns the model's chat templates: name → source. Files of their own win over the tokenizer's settings."""
+    from_files = {}
+    main = directory / "chat_template.jinja"
+    if main.is_file():
+        from_files[DEFAULT_TEMPLATE] = _read_text(main, LIMITS.max_template_chars)
+    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        from_files[file.stem] = _read_text(file, LIMITS.max_template_chars)
+    return from_files or _templates_in(_read_json(directory / "chat_template.json")) or _templates_in(config)
+
+
+def _templates_in(config: Json) -> dict[str, str]:
+    """Returns the templates in a settings file: one string, a list of named ones, or an object of named ones."""
+    match config.get("chat_template"):
+        case str(source):
+            return {DEFAULT_TEMPLATE: source}
+        case list(entries):
+            return {entry["name"]: entry["template"] for entry in entries}
+        case dict(named):
+            return named
+    return {}
+
+
+def _eos_token_ids(directory: Path, tokenizer: Tokenizer, eos_token: str | None) -> tuple[int, ...]:
+    settings = _read_json(directory / "generation_config.json")
+    if "eos_token_id" not in settings:
+        settings = _read_json(directory / "config.json")
+    declared = settings.get("eos_token_id", settings.get("text_config", {}).get("eos_token_id"))
+    ids = set(declared) if isinstance(declared, list) else {declared}
+    if eos_token is not None:
+        ids.add(tokenizer.token_to_id(eos_token))
+    return tuple(sorted(token_id for token_id in ids if isinstance(token_id, int)))
+
+
+def _model_max_length(config: Json) -> int | None:
+    length = config.get("model_max_length")
+    return int(length) if isinstance(length, int | float) and 0 < length <= _MAX_MODEL_LENGTH else None
+
+
+def _read_required_json(file: Path) -> Json:
+    if not file.is_file():
+        raise ModelNotFoundError("--tokenizer-config-path names no file. Give the path of a tokenizer_config.json.")
+    return _read_json(file)
+
+
+def _read_json(file: Path) -> Json:
+    """Returns the object in the file, an empty one when there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(_read_text(file, LIMITS.max_config_file_bytes))
+    except (ValueError, RecursionError) as error:
+        raise ModelNotFoundError(f"{file.name} is not valid JSON: {error}. Fetch the model again.") from error
+    if not isinstance(content, dict):
+        raise ModelNotFoundError(f"{file.name} must hold a JSON object. Fetch the model again.")
+    return content
+
+
+def _read_text(file: Path, max_bytes: int) -> str:
+    size = file.stat().st_size
+    if size > max_bytes:
+        raise ModelNotFoundError(
+            f"{file.name} has {size} bytes; at most {max_bytes} are read. Check the model's files."
+        )
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelNotFoundError(f"{file.name} is not UTF-8 text. Fetch the model again.") from error

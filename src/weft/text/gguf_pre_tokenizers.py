@@ -1,0 +1,147 @@
+"""How text is cut into words before merging, by the name that a GGUF file gives it (`tokenizer.ggml.pre`).
+
+Each rule is written as the `tokenizer.json` of the original model has it: steps run in order, each cutting the pieces
+of the one before. Names that share a rule share a row. A name that is not here is refused: a wrong rule gives token
+ids that look right and answers that are subtly worse.
+
+Source: the published `tokenizer.json` of each model family; names from llama.cpp's `convert_hf_to_gguf_update.py`
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+Step = dict[str, Any]
+"""One pre-tokenizer in the form of `tokenizer.json`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreTokenizer:
+    """A rule, with the habits that come with its name unless the file says otherwise."""
+
+    steps: tuple[Step, ...]
+    composes_characters: bool = False
+    """Text is brought to Unicode NFC first."""
+    prefers_whole_words: bool = False
+    """A word that is a token is taken without merging (`ignore_merges`)."""
+    adds_bos: bool = False
+
+
+def _split(pattern: str) -> Step:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _byte_level(*, splits_words: bool) -> Step:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": splits_words}
+
+
+def _digits(*, one_by_one: bool) -> Step:
+    return {"type": "Digits", "individual_digits": one_by_one}
+
+
+_GPT2_WORDS = _byte_level(splits_words=True)
+_BYTES = _byte_level(splits_words=False)
+_SINGLE_DIGITS = _digits(one_by_one=True)
+
+_ENGLISH_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+
+_LLAMA3 = _split(rf"{_ENGLISH_ENDINGS}|{_WORD}|\p{{N}}{{1,3}}|{_PUNCTUATION}|{_SPACES}")
+_QWEN2 = _split(rf"{_ENGLISH_ENDINGS}|{_WORD}|\p{{N}}|{_PUNCTUATION}|{_SPACES}")
+_QWEN35 = _split(
+    rf"{_ENGLISH_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
+_SEED_CODER = _split(rf"{_ENGLISH_ENDINGS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}")
+
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CAMEL_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+
+
+def _camel_case(*, ending: str, digits: str) -> Step:
+    """Words that also break before a capital letter (OpenAI's o200k and its relatives)."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}"
+    return _split(f"{words}|{digits}|{_CAMEL_PUNCTUATION}|{_SPACES}")
+
+
+_O200K = _camel_case(ending=f"{_ENGLISH_ENDINGS}?", digits=r"\p{N}{1,3}")
+_TEKKEN = _camel_case(ending="", digits=r"\p{N}")
+
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼι"
+    "ῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
+    "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_CHINESE = _split("[一-龥ࠀ-一가-퟿]+")
+_DEEPSEEK_LLM = (
+    _split("[\r\n]"),
+    _split(rf"\s?[{_DEEPSEEK_LETTERS}]+"),
+    _split(r"\s?[!-/:-~！-／：-～‘-‟　-。]+"),
+    _split(r"\s+$"),
+    _DEEPSEEK_CHINESE,
+    _SINGLE_DIGITS,
+    _BYTES,
+)
+_DEEPSEEK_CODER = (
+    _split("[\r\n]"),
+    _split(r"\s?\p{L}+"),
+    _split(r"\s?\p{P}+"),
+    _DEEPSEEK_CHINESE,
+    _SINGLE_DIGITS,
+    _BYTES,
+)
+_DEEPSEEK_V3 = (
+    _split(r"\p{N}{1,3}"),
+    _split("[一-龥぀-ゟ゠-ヿ]+"),
+    _split(
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+    ),
+    _BYTES,
+)
+_FALCON = (
+    {"type": "Punctuation", "behavior": "Contiguous"},
+    _GPT2_WORDS,
+    _digits(one_by_one=False),
+    _split("[0-9][0-9][0-9]"),
+)
+_BLOOM = _split(r" ?[^(\s|[.,!?…。，、।۔،])]+")
+
+_ROWS: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
+    (("gpt-2", "phi-2", "jais", "trillion", "exaone4", "granite-docling"), PreTokenizer(steps=(_GPT2_WORDS,))),
+    (("mpt", "olmo"), PreTokenizer(steps=(_GPT2_WORDS,), composes_characters=True)),
+    (
+        ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"),
+        PreTokenizer(steps=(_SINGLE_DIGITS, _GPT2_WORDS)),
+    ),
+    (("command-r", "exaone"), PreTokenizer(steps=(_SINGLE_DIGITS, _GPT2_WORDS), composes_characters=True)),
+    (
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        PreTokenizer(steps=(_LLAMA3, _BYTES), prefers_whole_words=True, adds_bos=True),
+    ),
+    (("dbrx", "smaug-bpe", "chatglm-bpe"), PreTokenizer(steps=(_LLAMA3, _BYTES))),
+    (("glm4", "glm5"), PreTokenizer(steps=(_LLAMA3, _BYTES), prefers_whole_words=True)),
+    (
+        ("qwen2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open"),
+        PreTokenizer(steps=(_QWEN2, _BYTES), composes_characters=True),
+    ),
+    (("stablelm2", "grok-2"), PreTokenizer(steps=(_QWEN2, _BYTES))),
+    (("qwen35",), PreTokenizer(steps=(_QWEN35, _BYTES), composes_characters=True)),
+    (("gpt-4o", "llama4", "kanana2"), PreTokenizer(steps=(_O200K, _BYTES))),
+    (("minimax-m2",), PreTokenizer(steps=(_O200K, _BYTES), composes_characters=True)),
+    (("tekken",), PreTokenizer(steps=(_TEKKEN, _BYTES), prefers_whole_words=True, adds_bos=True)),
+    (("deepseek-llm",), PreTokenizer(steps=_DEEPSEEK_LLM)),
+    (("deepseek-coder",), PreTokenizer(steps=_DEEPSEEK_CODER)),
+    (("deepseek-v3", "hunyuan-dense", "joyai-llm"), PreTokenizer(steps=_DEEPSEEK_V3)),
+    (("falcon",), PreTokenizer(steps=_FALCON)),
+    (("seed-coder",), PreTokenizer(steps=(_SEED_CODER, _BYTES))),
+    (("bloom", "poro-chat", "gpt3-finnish"), PreTokenizer(steps=(_BLOOM, _BYTES))),
+    (("viking",), PreTokenizer(steps=(_BLOOM, _SINGLE_DIGITS, _BYTES))),
+)
+
+PRE_TOKENIZERS = MappingProxyType({name: rule for names, rule in _ROWS for name in names})
+"""`tokenizer.ggml.pre` → rule."""
