@@ -107,7 +107,7 @@ def share_blocks_before_their_step_has_run(monkeypatch: pytest.MonkeyPatch) -> N
 
     def add_row(self: Scheduler, draft: Any, sequence: Sequence, num_tokens: int) -> None:
         original(draft, sequence, num_tokens)
-        self._advance(sequence, sequence.num_planned - num_tokens, num_tokens)
+        self._advance(sequence, sequence.num_planned)
 
     monkeypatch.setattr(Scheduler, "_add_row", add_row)
 

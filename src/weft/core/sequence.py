@@ -32,6 +32,8 @@ class Sequence:
     added_ns: int
     token_ids: list[int]
     """Prompt, then every completion token known so far."""
+    num_prompt_tokens: int
+    """P: tokens of the prompt proper, without completion tokens."""
     num_expected: int
     """len(token_ids) plus the tokens that open plans will sample."""
     max_tokens: int
@@ -80,6 +82,7 @@ class Sequence:
             arrival=arrival,
             added_ns=now_ns,
             token_ids=token_ids,
+            num_prompt_tokens=len(request.prompt_token_ids),
             num_expected=len(token_ids),
             max_tokens=len(request.prompt_token_ids) + stop.max_new_tokens,
             eos_token_ids=frozenset() if stop.ignore_eos else frozenset(stop.eos_token_ids),
@@ -88,14 +91,9 @@ class Sequence:
         )
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """P: tokens of the prompt proper, without completion tokens."""
-        return len(self.request.prompt_token_ids)
-
-    @property
     def num_completion_tokens(self) -> int:
         """Completion tokens known so far; also the index of the next one."""
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_unplanned(self) -> int:

@@ -391,24 +391,72 @@ class Scheduler:
         opened = self._close(plan, result)
         self.budget.costs.observe(opened.num_decode_rows, opened.num_prefill_tokens, result.elapsed_ns)
         events: list[Event] = []
-        sampled = iter(zip(result.token_ids, result.logprobs, strict=True))
-        for row, sequence in enumerate(opened.sequences):
-            token = next(sampled) if plan.samples[row] else None
-            sequence.num_open_rows -= 1
-            if sequence.num_stale_rows:
-                sequence.num_stale_rows -= 1
-            elif sequence.is_ended:
-                pass
-            elif row in result.failures:
-                self._fail_row(sequence, result.failures[row], events)
-            else:
-                self._advance(sequence, plan.first_positions[row], plan.num_tokens[row])
-                if row in result.prompt_logprobs and sequence.wants_prompt_logprobs:
-                    sequence.collect_prompt_logprobs(plan.first_positions[row], result.prompt_logprobs[row])
-                if token is not None:
-                    self._emit(sequence, token[0], token[1], result.top_tokens.get(row), events)
+        num_sampled = self._apply_decodes(opened, result, events)
+        for row in range(opened.num_decode_rows, len(opened.sequences)):
+            place = num_sampled if plan.samples[row] else None
+            num_sampled += plan.samples[row]
+            self._apply_row(opened, row, result, place, events)
         self._settle(events, now_ns)
         return events
+
+    def _apply_decodes(self, opened: _OpenPlan, result: StepResult, events: list[Event]) -> int:
+        """The leading rows, one token each: `_apply_row` written out for the case that nothing special happens.
+
+        This loop runs for every token. Returns the number of tokens taken.
+        """
+        positions, size, vocab_size = opened.plan.first_positions, self._block_size, self.config.vocab_size
+        token_ids, logprobs = result.token_ids, result.logprobs
+        is_special = result.failures.keys() | result.prompt_logprobs.keys() | result.top_tokens.keys()
+        for row in range(opened.num_decode_rows):
+            sequence = opened.sequences[row]
+            token_id = token_ids[row]
+            known = sequence.token_ids
+            if (
+                row in is_special
+                or sequence.is_ended
+                or sequence.num_stale_rows
+                or not sequence.has_reported_prompt
+                or token_id in sequence.eos_token_ids
+                or len(known) + 1 >= sequence.max_tokens
+                or not 0 <= token_id < vocab_size
+            ):
+                self._apply_row(opened, row, result, row, events)
+                continue
+            sequence.num_open_rows -= 1
+            if (positions[row] + 1) % size == 0:
+                self._advance(sequence, positions[row] + 1)
+            events.append(
+                TokenEvent(
+                    request_id=sequence.request.request_id,
+                    token_index=len(known) - sequence.num_prompt_tokens,
+                    token_id=token_id,
+                    logprob=logprobs[row],
+                )
+            )
+            known.append(token_id)
+        return opened.num_decode_rows
+
+    def _apply_row(
+        self, opened: _OpenPlan, row: int, result: StepResult, place: int | None, events: list[Event]
+    ) -> None:
+        """One row in full. `place` is where its token stands in the result, None for a row that samples nothing."""
+        sequence, plan = opened.sequences[row], opened.plan
+        sequence.num_open_rows -= 1
+        if sequence.num_stale_rows:
+            sequence.num_stale_rows -= 1
+            return
+        if sequence.is_ended:
+            return
+        if row in result.failures:
+            self._fail_row(sequence, result.failures[row], events)
+            return
+        first_position = plan.first_positions[row]
+        self._advance(sequence, first_position + plan.num_tokens[row])
+        if row in result.prompt_logprobs and sequence.wants_prompt_logprobs:
+            sequence.collect_prompt_logprobs(first_position, result.prompt_logprobs[row])
+        if place is not None:
+            top = result.top_tokens.get(row)
+            self._emit(sequence, result.token_ids[place], result.logprobs[place], top, events)
 
     def fail_rows(self, plan: StepPlan, code: str, message: str) -> list[Event]:
         """The oldest open plan raised instead of yielding a result: its sequences end, everything else goes on."""
@@ -443,11 +491,11 @@ class Scheduler:
         self._last_step = (opened.num_decode_rows, num_prefill_rows, num_tokens, elapsed_ns)
         return opened
 
-    def _advance(self, sequence: Sequence, first_position: int, num_tokens: int) -> None:
-        """Blocks that this row completed become shareable."""
+    def _advance(self, sequence: Sequence, num_computed: int) -> None:
+        """The first `num_computed` tokens are in the pool: blocks that they fill become shareable."""
         if not sequence.is_running or not self.config.prefix_caching:
             return
-        num_full = (first_position + num_tokens) // self._block_size
+        num_full = num_computed // self._block_size
         if num_full <= sequence.num_indexed_blocks:
             return
         digests = self._digests(sequence, num_full)
