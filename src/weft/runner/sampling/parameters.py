@@ -13,6 +13,7 @@ from weft.runner.sampling.history import TokenCounts
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 class Uses(IntFlag):
@@ -40,11 +41,24 @@ CHANGES_SCORES = int(Uses.CHANCE) - 1
 class _TokenTerms:
     """What concerns single tokens of one sequence."""
 
-    sampling: SamplingParams
     history: TokenCounts | None
     bias_token_ids: Int64Array
     biases: Float32Array
     eos_token_ids: Int64Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalties:
+    """History tokens of several rows, one row after the other: U entries in all."""
+
+    lengths: Int64Array
+    """[R] entries of each row"""
+    token_ids: Int64Array
+    """[U] distinct within a row"""
+    repetition: Float32Array
+    """[U] repetition penalty θ"""
+    subtracted: Float32Array
+    """[U] what frequency and presence penalties take away"""
 
 
 class ParameterTable:
@@ -62,7 +76,12 @@ class ParameterTable:
         self.top_p: Float32Array = np.ones(max_num_sequences, dtype=np.float32)
         self.typical_p: Float32Array = np.ones(max_num_sequences, dtype=np.float32)
         self.min_p: Float32Array = np.zeros(max_num_sequences, dtype=np.float32)
-        self.wants_prompt_logprobs: npt.NDArray[np.bool_] = np.zeros(max_num_sequences, dtype=np.bool_)
+        self.repetition_penalty: Float32Array = np.ones(max_num_sequences, dtype=np.float32)
+        self.frequency_penalty: Float32Array = np.zeros(max_num_sequences, dtype=np.float32)
+        self.presence_penalty: Float32Array = np.zeros(max_num_sequences, dtype=np.float32)
+        self.counts_completion: BoolArray = np.zeros(max_num_sequences, dtype=np.bool_)
+        """Penalties count the completion alone (PenaltyStyle.OPENAI)."""
+        self.wants_prompt_logprobs: BoolArray = np.zeros(max_num_sequences, dtype=np.bool_)
         self._token_terms: list[_TokenTerms | None] = [None] * max_num_sequences
 
     def start(self, start: SequenceStart) -> None:
@@ -78,34 +97,40 @@ class ParameterTable:
         self.top_p[slot] = sampling.top_p
         self.typical_p[slot] = sampling.typical_p
         self.min_p[slot] = sampling.min_p
+        self.repetition_penalty[slot] = sampling.repetition_penalty
+        self.frequency_penalty[slot] = sampling.frequency_penalty
+        self.presence_penalty[slot] = sampling.presence_penalty
+        self.counts_completion[slot] = sampling.penalty_style is PenaltyStyle.OPENAI
         self.wants_prompt_logprobs[slot] = sampling.prompt_logprobs
         has_terms = uses & (Uses.HISTORY | Uses.BIAS | Uses.MIN_NEW_TOKENS)
         self._token_terms[slot] = _token_terms_of(start, uses) if has_terms else None
 
-    def history(self, slot: int) -> TokenCounts:
-        """Tokens of a sequence that uses HISTORY."""
-        history = self._terms(slot).history
-        if history is None:
-            raise InvariantBroken(f"slot {slot} has no history, but its row asks for penalties")
-        return history
+    def append(self, slot: int, token_id: int) -> None:
+        """Count a token just chosen by a sequence that uses HISTORY."""
+        self._history(slot).append(token_id)
 
-    def penalties(self, slot: int) -> tuple[Int64Array, Float32Array, Float32Array]:
-        """What a sequence that uses HISTORY does to the tokens it has: ids, repetition penalty, what is subtracted.
+    def penalties(self, slots: Int64Array) -> Penalties:
+        """What the sequences in `slots`, which all use HISTORY, do to the tokens they have.
 
         TGI      frequency · count / length, over prompt and completion: bounded by the penalty itself
         OPENAI   frequency · count, over the completion alone
-        Both     presence is subtracted once per token of the same history; repetition counts prompt and completion
-
-        Shapes   each [U]
+        Both     presence is subtracted once per token of the same history; repetition sees prompt and completion
         """
-        history, sampling = self.history(slot), self._terms(slot).sampling
-        if sampling.penalty_style is PenaltyStyle.OPENAI:
-            counts, frequency = history.completion_counts, sampling.frequency_penalty
-        else:
-            counts, frequency = history.total_counts, sampling.frequency_penalty / history.num_tokens
-        subtracted = counts * np.float32(frequency) + (counts > 0) * np.float32(sampling.presence_penalty)
-        repetition = np.full(len(counts), sampling.repetition_penalty, dtype=np.float32)
-        return history.token_ids, repetition, subtracted.astype(np.float32, copy=False)
+        histories = [self._history(slot) for slot in slots.tolist()]
+        lengths = np.array([history.num_distinct for history in histories])
+        is_openai = self.counts_completion[slots]
+        styles = zip(histories, is_openai.tolist(), strict=True)
+        counts = np.concatenate([h.completion_counts if openai else h.total_counts for h, openai in styles])
+        num_tokens = np.array([history.num_tokens for history in histories], dtype=np.float32)
+        frequency = self.frequency_penalty[slots] / np.where(is_openai, np.float32(1.0), num_tokens)
+        subtracted = counts * np.repeat(frequency, lengths)
+        subtracted += (counts > 0) * np.repeat(self.presence_penalty[slots], lengths)
+        return Penalties(
+            lengths=lengths,
+            token_ids=np.concatenate([history.token_ids for history in histories]),
+            repetition=np.repeat(self.repetition_penalty[slots], lengths),
+            subtracted=subtracted.astype(np.float32),
+        )
 
     def biases(self, slot: int) -> tuple[Int64Array, Float32Array]:
         """Token ids and biases of a sequence that uses BIAS, each [U]."""
@@ -115,6 +140,12 @@ class ParameterTable:
     def eos_token_ids(self, slot: int) -> Int64Array:
         """EOS tokens of a sequence that uses MIN_NEW_TOKENS, [U]."""
         return self._terms(slot).eos_token_ids
+
+    def _history(self, slot: int) -> TokenCounts:
+        history = self._terms(slot).history
+        if history is None:
+            raise InvariantBroken(f"slot {slot} has no history, but its row asks for penalties")
+        return history
 
     def _terms(self, slot: int) -> _TokenTerms:
         terms = self._token_terms[slot]
@@ -149,7 +180,6 @@ def _uses_of(sampling: SamplingParams, stop: StopConditions, vocab_size: int) ->
 def _token_terms_of(start: SequenceStart, uses: Uses) -> _TokenTerms:
     bias = start.sampling.logit_bias if uses & Uses.BIAS else ()
     return _TokenTerms(
-        sampling=start.sampling,
         history=TokenCounts(start.token_ids, start.num_prompt_tokens) if uses & Uses.HISTORY else None,
         bias_token_ids=np.array([token for token, _ in bias], dtype=np.int64),
         biases=np.array([value for _, value in bias], dtype=np.float32),

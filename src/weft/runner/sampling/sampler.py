@@ -27,6 +27,8 @@ from weft.runner.sampling.logprobs import top_tokens
 from weft.runner.sampling.parameters import CHANGES_SCORES, Int64Array, ParameterTable, Uses
 from weft.runner.sampling.watermark import WatermarkSettings, green_list
 
+_Step = Callable[[torch.Tensor, torch.Tensor], None]
+
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
@@ -50,6 +52,10 @@ class _Rows:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def using(self, use: Uses) -> Int64Array:
+        """Numbers of the rows that use something, ascending."""
+        return np.flatnonzero(self.uses & use)
 
     def pick(self, chosen: Int64Array) -> "_Rows":
         return _Rows(self.slots[chosen], self.positions[chosen], self.uses[chosen])
@@ -81,7 +87,7 @@ class Sampler:
         Shapes  slots [S'], token_ids [S']
         """
         for row in np.flatnonzero(self._table.uses[slots] & Uses.HISTORY).tolist():
-            self._table.history(slots[row]).append(token_ids[row])
+            self._table.append(slots[row], token_ids[row])
 
     def sample(
         self,
@@ -111,7 +117,8 @@ class Sampler:
         for own, reported in ((np.flatnonzero(is_raw), logits), (np.flatnonzero(~is_raw), scores)):
             if len(own):
                 place = self._tensor(own)
-                logprobs[place] = ops.token_logprobs(_take(reported, own), token_ids[place].clamp(min=0))
+                known_ids = token_ids[place].clamp(0, self._vocab_size - 1)
+                logprobs[place] = ops.token_logprobs(_take(reported, own), known_ids)
                 tops.update(self._top_tokens(reported, rows, own))
         return SampledTokens(token_ids, logprobs, tops)
 
@@ -119,76 +126,71 @@ class Sampler:
         self, scores: torch.Tensor, rows: _Rows, last_token_ids: torch.Tensor, masks: Mapping[int, torch.Tensor]
     ) -> None:
         """Everything between the logits and the choice, in place and in order."""
-        table = self._table
-
-        def apply(use: Uses, step: Callable[..., None], *columns: npt.NDArray[Any]) -> None:
-            self._apply(scores, np.flatnonzero(rows.uses & use), step, *(column[rows.slots] for column in columns))
-
-        self._add_watermark(scores, np.flatnonzero(rows.uses & Uses.WATERMARK), last_token_ids)
-        self._penalize_history(scores, rows)
-        self._add_bias(scores, rows)
+        table, asked = self._table, int(np.bitwise_or.reduce(rows.uses))
+        if asked & Uses.WATERMARK:
+            self._add_watermark(scores, rows, last_token_ids)
+        if asked & Uses.HISTORY:
+            self._penalize_history(scores, rows)
+        if asked & Uses.BIAS:
+            self._add_bias(scores, rows)
         for row, mask in masks.items():
             processors.keep_allowed(scores[row : row + 1], mask[None, :])
-        self._forbid_early_eos(scores, rows)
-        apply(Uses.TEMPERATURE, processors.scale_by_temperature, table.temperature)
-        apply(Uses.TOP_K, processors.keep_top_k, table.top_k)
-        apply(Uses.TOP_P, processors.keep_top_p, table.top_p)
-        apply(Uses.TYPICAL_P, processors.keep_typical, table.typical_p)
-        apply(Uses.MIN_P, processors.keep_min_p, table.min_p)
+        if asked & Uses.MIN_NEW_TOKENS:
+            self._forbid_early_eos(scores, rows)
+        for use, step, column in (
+            (Uses.TEMPERATURE, processors.scale_by_temperature, table.temperature),
+            (Uses.TOP_K, processors.keep_top_k, table.top_k),
+            (Uses.TOP_P, processors.keep_top_p, table.top_p),
+            (Uses.TYPICAL_P, processors.keep_typical, table.typical_p),
+            (Uses.MIN_P, processors.keep_min_p, table.min_p),
+        ):
+            if asked & use:
+                self._apply(step, scores, rows, rows.using(use), column)
 
-    def _apply(
-        self, scores: torch.Tensor, rows: Int64Array, step: Callable[..., None], *columns: npt.NDArray[Any]
-    ) -> None:
-        """Run a step on the rows that use it; the others keep their bits."""
-        if not len(rows):
+    def _apply(self, step: _Step, scores: torch.Tensor, rows: _Rows, own: Int64Array, column: npt.NDArray[Any]) -> None:
+        """Run a step on the rows `own`, each with its value of the column; the others keep their bits."""
+        values = self._tensor(column[rows.slots[own]])
+        if len(own) == len(scores):
+            step(scores, values)
             return
-        arguments = [self._tensor(column[rows]) for column in columns]
-        if len(rows) == len(scores):
-            step(scores, *arguments)
-            return
-        own = _take(scores, rows)
-        step(own, *arguments)
-        scores[self._tensor(rows)] = own
+        place = self._tensor(own)
+        part = scores[place]
+        step(part, values)
+        scores[place] = part
 
-    def _add_watermark(self, scores: torch.Tensor, rows: Int64Array, last_token_ids: torch.Tensor) -> None:
-        if not len(rows):
-            return
-        is_green = green_list(last_token_ids[self._tensor(rows)], self._vocab_size, self._watermark.gamma)
-        scores[self._tensor(rows)] += is_green * self._watermark.delta
+    def _add_watermark(self, scores: torch.Tensor, rows: _Rows, last_token_ids: torch.Tensor) -> None:
+        place = self._tensor(rows.using(Uses.WATERMARK))
+        is_green = green_list(last_token_ids[place], self._vocab_size, self._watermark.gamma)
+        scores[place] += is_green * self._watermark.delta
 
     def _penalize_history(self, scores: torch.Tensor, rows: _Rows) -> None:
-        own = np.flatnonzero(rows.uses & Uses.HISTORY).tolist()
-        if not own:
-            return
-        penalties = [self._table.penalties(rows.slots[row]) for row in own]
+        own = rows.using(Uses.HISTORY)
+        penalties = self._table.penalties(rows.slots[own])
+        places = penalties.token_ids + np.repeat(own * self._vocab_size, penalties.lengths)
         processors.penalize_history(
-            scores,
-            self._places(own, [token_ids for token_ids, _, _ in penalties]),
-            self._joined([repetition for _, repetition, _ in penalties]),
-            self._joined([subtracted for _, _, subtracted in penalties]),
+            scores, self._tensor(places), self._tensor(penalties.repetition), self._tensor(penalties.subtracted)
         )
 
     def _add_bias(self, scores: torch.Tensor, rows: _Rows) -> None:
-        own = np.flatnonzero(rows.uses & Uses.BIAS).tolist()
-        if not own:
-            return
+        own = rows.using(Uses.BIAS).tolist()
         biases = [self._table.biases(rows.slots[row]) for row in own]
-        places = self._places(own, [token_ids for token_ids, _ in biases])
-        processors.add_bias(scores, places, self._joined([values for _, values in biases]))
+        places = [row * self._vocab_size + token_ids for row, (token_ids, _) in zip(own, biases, strict=True)]
+        values = np.concatenate([values for _, values in biases])
+        processors.add_bias(scores, self._tensor(np.concatenate(places)), self._tensor(values))
 
     def _forbid_early_eos(self, scores: torch.Tensor, rows: _Rows) -> None:
         is_early = rows.positions < self._table.first_eos_position[rows.slots]
         own = np.flatnonzero(is_early & ((rows.uses & Uses.MIN_NEW_TOKENS) != 0)).tolist()
         if own:
-            processors.forbid(scores, self._places(own, [self._table.eos_token_ids(rows.slots[row]) for row in own]))
+            places = [row * self._vocab_size + self._table.eos_token_ids(rows.slots[row]) for row in own]
+            processors.forbid(scores, self._tensor(np.concatenate(places)))
 
     def _choose(self, scores: torch.Tensor, rows: _Rows) -> torch.Tensor:
         """The race for rows that sample, the best score for the others: [S'] int64."""
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
-        is_drawn = (rows.uses & Uses.CHANCE) != 0
-        if (best := np.flatnonzero(~is_drawn)).size:
+        if (best := np.flatnonzero((rows.uses & Uses.CHANCE) == 0)).size:
             token_ids[self._tensor(best)] = ops.greedy(_take(scores, best))[0]
-        if (drawn := np.flatnonzero(is_drawn)).size:
+        if (drawn := rows.using(Uses.CHANCE)).size:
             own = rows.pick(drawn)
             seeds, positions = self._tensor(self._table.seeds[own.slots]), self._tensor(own.positions)
             token_ids[self._tensor(drawn)] = ops.race(_take(scores, drawn), seeds, positions)
@@ -201,13 +203,6 @@ class Sampler:
             return {}
         wanted = self._table.top_n_tokens[rows.slots[asking]].tolist()
         return dict(zip(asking.tolist(), top_tokens(_take(scores, asking), wanted), strict=True))
-
-    def _places(self, rows: list[int], token_ids: list[Int64Array]) -> torch.Tensor:
-        """Flat places row · V + id of each row's tokens."""
-        return self._joined([row * self._vocab_size + ids for row, ids in zip(rows, token_ids, strict=True)])
-
-    def _joined(self, pieces: list[npt.NDArray[Any]]) -> torch.Tensor:
-        return self._tensor(np.concatenate(pieces))
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
