@@ -10,6 +10,9 @@ from pathlib import Path
 from weft.config.options import quoted
 from weft.config.settings import Settings, options
 
+# A socket's path has 104 bytes on the tightest system; what is added here is like "-abcdefgh/shard-63.sock".
+_MAX_SOCKET_PREFIX_BYTES = 80
+
 
 def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]]) -> Iterator[str]:
     """Settings that are right alone and wrong together, or that name something that is not there."""
@@ -57,6 +60,8 @@ def _missing_files(settings: Settings) -> Iterator[str]:
     parent = Path(settings.shard_uds_path).parent
     if not parent.is_dir():
         yield f"--shard-uds-path: no directory {quoted(str(parent))} to make the private directory in."
+    if len(settings.shard_uds_path.encode()) > _MAX_SOCKET_PREFIX_BYTES:
+        yield f"--shard-uds-path: is too long for a socket's name; at most {_MAX_SOCKET_PREFIX_BYTES} bytes."
 
 
 def is_ip_address(text: str) -> bool:

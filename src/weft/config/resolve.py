@@ -195,16 +195,11 @@ def _merge(sources: Sequence[list[_Given]], faults: list[str]) -> tuple[dict[str
     """The winning value of each setting that anybody set. Values that lose are checked all the same."""
     values: dict[str, Value] = {}
     origins: dict[str, str] = {}
-    spellings: dict[str, str] = {}
+    faults.extend(_two_names_for_one_limit(sources))
     for source in sources:
         seen: dict[str, _Given] = {}
         for given in source:
             option = options()[given.name]
-            spelling = spellings.setdefault(given.name, given.spelling)
-            if given.name == "max_input_tokens" and ("LENGTH" in spelling.upper()) != (
-                "LENGTH" in given.spelling.upper()
-            ):
-                faults.append(f"{given.spelling} and {spelling} are one setting: give only one of them.")
             value = _parse(given, option, faults)
             earlier = seen.get(given.name)
             if earlier is None:
@@ -216,9 +211,22 @@ def _merge(sources: Sequence[list[_Given]], faults: list[str]) -> tuple[dict[str
                 continue  # the more specific variable has spoken
             elif option.kind is NAMES and isinstance(value, tuple):
                 values[given.name] = cast("tuple[str, ...]", (*cast("tuple[str, ...]", values[given.name]), *value))
-            else:
+            elif given.spelling == earlier.spelling or not _is_legacy_name(given, earlier):
                 faults.append(f"{given.spelling}: {_twice(given, earlier)}.")
     return values, origins
+
+
+def _two_names_for_one_limit(sources: Sequence[list[_Given]]) -> Iterator[str]:
+    """TGI refuses its old and its new name for the longest prompt together, wherever they stand."""
+    names = {given.spelling for source in sources for given in source if given.name == "max_input_tokens"}
+    old = sorted(name for name in names if "LENGTH" in name.upper())
+    new = sorted(names.difference(old))
+    if old and new:
+        yield f"{old[0]} and {new[0]} are one setting: give only one of them."
+
+
+def _is_legacy_name(given: _Given, earlier: _Given) -> bool:
+    return any("LENGTH" in name.spelling.upper() for name in (given, earlier))
 
 
 def _twice(given: _Given, earlier: _Given) -> str:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -23,13 +24,22 @@ from weft.errors import ModelNotFoundError, StartupError
 from weft.launcher import banner, layout
 from weft.launcher.download import find_present
 from weft.launcher.fetched import FetchedModel
-from weft.launcher.relay import Event, LogRelay, parse_event
+from weft.launcher.relay import ENVELOPE_FIELDS, Event, LogRelay, parse_event
 from weft.launcher.supervise import Child, ChildSpec, RestartPolicy
 from weft.telemetry import logging as weft_logging
 
 _STARTUP_EXIT_CODES = {cls.exit_code for cls in StartupError.__subclasses__()}
 _SHARD_STOP_S = 5.0
 _SECONDS_BETWEEN_PROGRESS_LINES = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """Modules that the children run, by name: the launcher imports neither (tests name others)."""
+
+    router: str = "weft.router.main"
+    shard: str = "weft.server.main"
+    download: str = "weft.launcher.download"
 
 
 class ChildFailed(Exception):
@@ -40,7 +50,12 @@ class ChildFailed(Exception):
         self.exit_code = exit_code
 
 
-def launch(settings: Settings, environ: Mapping[str, str], started: float) -> int:
+def launch(
+    settings: Settings,
+    environ: Mapping[str, str],
+    started: float,
+    programs: Programs = Programs(),
+) -> int:
     """Serve until told to stop; returns the exit code. `started` is when the process began (`time.monotonic`)."""
     weft_logging.configure(
         process="launcher",
@@ -52,14 +67,17 @@ def launch(settings: Settings, environ: Mapping[str, str], started: float) -> in
     layout.check_port(settled.hostname, settled.port)
     present = find_present(settled.model_id, settled)
     with layout.private_directory(settled) as run_dir:
-        return asyncio.run(Launcher(settled, environ, run_dir, started).run(present))
+        return asyncio.run(Launcher(settled, environ, run_dir, started, programs).run(present))
 
 
 class Launcher:
     """The processes of one server."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], run_dir: Path, started: float) -> None:
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], run_dir: Path, started: float, programs: Programs
+    ) -> None:
         self._settings = settings
+        self._programs = programs
         self._environ = environ
         self._run_dir = run_dir
         self._started = started
@@ -120,7 +138,7 @@ class Launcher:
         policy = RestartPolicy(self._settings.max_quick_failures)
         spec = ChildSpec(
             name="router",
-            module="weft.router.main",
+            module=self._programs.router,
             arguments=("--run-dir", str(self._run_dir)),
             environment=layout.child_environment(self._environ),
         )
@@ -142,13 +160,16 @@ class Launcher:
         is_first_start = True
         while True:
             self._become("loading", phase="load")
-            until_shards_s = time.monotonic() - self._started
+            began = time.monotonic()
             await self._start_shards()
             dead = await self._first_dead(until=self._all_ready)
             ready_at = time.monotonic()
             if dead is None:
                 self._become("ready", phase="ready", percent=100)
-                self._announce(until_shards_s, is_first_start=is_first_start)
+                if is_first_start:
+                    self._announce(until_shards_s=began - self._started, total_s=ready_at - self._started)
+                else:
+                    self._log.info("server.ready_again", seconds=round(ready_at - began, 2))
                 dead = await self._first_dead_or_stalled()
             status = dead.exit_status
             await self._kill_shards()
@@ -167,7 +188,7 @@ class Launcher:
         self._download = await Child.start(
             ChildSpec(
                 name="download",
-                module="weft.launcher.download",
+                module=self._programs.download,
                 arguments=("--run-dir", str(self._run_dir)),
                 environment=dict(self._environ),
             ),
@@ -194,7 +215,7 @@ class Launcher:
             await Child.start(
                 ChildSpec(
                     name=f"shard-{rank}",
-                    module="weft.server.main",
+                    module=self._programs.shard,
                     arguments=(
                         "--run-dir", str(self._run_dir), "--rank", str(rank), "--world-size", str(world_size),
                     ),
@@ -296,12 +317,11 @@ class Launcher:
         if self._router is not None:
             self._router.tell(json.dumps(self._state))
 
-    def _announce(self, until_shards_s: float, *, is_first_start: bool) -> None:
-        """The banner; one log line for machines and after restarts."""
+    def _announce(self, *, until_shards_s: float, total_s: float) -> None:
+        """The banner; for machines one log line."""
         ready = self._ready_events["shard-0"]
-        total_s = time.monotonic() - self._started
-        fields = {key: value for key, value in ready.items() if key not in {"event", "level", "timestamp", "process"}}
-        if self._settings.json_output or not is_first_start:
+        if self._settings.json_output:
+            fields = {name: value for name, value in ready.items() if name not in ENVELOPE_FIELDS}
             self._log.info("server.ready", url=banner.base_url(self._settings), seconds=round(total_s, 2), **fields)
             return
         phases = banner.phase_seconds(

@@ -16,7 +16,8 @@ from weft.telemetry.logging import LEVELS
 
 Event = Mapping[str, object]
 
-_OWN_FIELDS = {"event", "level", "timestamp"}
+ENVELOPE_FIELDS = {"event", "level", "timestamp", "process"}
+"""What every event has besides its own fields."""
 
 
 def parse_event(line: str) -> Event | None:
@@ -48,9 +49,9 @@ class LogRelay:
             self._stream.write(line + "\n")
             self._stream.flush()
             return
-        fields = {str(key): value for key, value in event.items() if key not in _OWN_FIELDS}
-        fields.setdefault("process", child)
-        self._log.log(LEVELS.get(level, LEVELS["info"]), str(event["event"]), **fields)
+        fields = {str(key): value for key, value in event.items() if key not in ENVELOPE_FIELDS}
+        process = str(event.get("process", child))
+        self._log.log(LEVELS.get(level, LEVELS["info"]), str(event["event"]), process=process, **fields)
 
     def show_text(self, child: str, line: str) -> None:
         """A line that is no event: shown at once to those who debug."""
