@@ -14,7 +14,13 @@ from weft.models.spec import DecoderSpec, ModelDescription, WeightFormat
 from weft.models.weights.config_file import ModelConfig, read_json_object
 from weft.models.weights.gguf_config import config_from_metadata
 from weft.models.weights.gguf_file import GgufFile
-from weft.models.weights.safetensors_file import DTYPE_NAMES, read_header, weight_files
+from weft.models.weights.safetensors_file import (
+    DTYPE_NAMES,
+    PICKLED_SUFFIXES,
+    pickled_checkpoint,
+    read_header,
+    weight_files,
+)
 
 FAMILIES_DIRECTORY = Path(__file__).parent / "families"
 
@@ -55,11 +61,11 @@ def describe(path: Path) -> ModelDescription:
     """
     if path.is_dir():
         return _describe_directory(path)
-    if path.suffix == ".gguf":
-        return _describe_gguf(path)
-    if not path.exists():
+    if not path.is_file():
         raise ModelNotFoundError(f"{path.name}: no such file or directory.")
-    raise ModelNotFoundError(f"{path.name} is neither a model directory nor a .gguf file.")
+    if path.suffix in PICKLED_SUFFIXES:
+        raise pickled_checkpoint(path.name)
+    return _describe_gguf(path)
 
 
 def _describe_directory(directory: Path) -> ModelDescription:

@@ -39,10 +39,13 @@ class HeadShare:
 
 
 def even_span(total: int, rank: int, world_size: int, *, multiple: int = 1) -> Span:
-    """Split `total` into `world_size` contiguous parts, as even as whole groups of `multiple` allow.
+    """Split `total` ≥ `world_size` into contiguous non-empty parts, as even as whole groups of `multiple` allow.
 
-    The first parts are the larger ones; only the last may end inside a group. A part is empty when the groups run out.
+    The first parts are the larger ones; only the last may end inside a group. Groups are halved until every part has
+    one.
     """
+    while multiple > 1 and -(-total // multiple) < world_size:
+        multiple //= 2
     groups = -(-total // multiple)
     share, extra = divmod(groups, world_size)
     start = rank * share + min(rank, extra)

@@ -24,6 +24,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
+PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+
+
 @dataclass(frozen=True, slots=True)
 class SafetensorsEntry:
     """One tensor: where it is and what it is."""
@@ -51,13 +54,18 @@ def weight_files(directory: Path) -> list[Path]:
     files = sorted(directory.glob("*.safetensors"))
     if files:
         return files
-    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED_SUFFIXES)
     if pickled:
-        raise ModelNotFoundError(
-            f"{pickled[0]} is a pickled checkpoint, which can run code when loaded and is never opened. "
-            "Convert the model to safetensors."
-        )
+        raise pickled_checkpoint(pickled[0])
     raise ModelNotFoundError("The model directory holds no .safetensors file.")
+
+
+def pickled_checkpoint(name: str) -> ModelNotFoundError:
+    """The refusal of a checkpoint that only `torch.load` could open."""
+    return ModelNotFoundError(
+        f"{name} is a pickled checkpoint, which can run code when loaded and is never opened. "
+        "Convert the model to safetensors."
+    )
 
 
 def read_directory(directory: Path) -> dict[str, SafetensorsEntry]:

