@@ -1,1 +1,1 @@
-"""Load models and reports of `weft bench`."""
+"""Measuring a server from outside: load over HTTP, the shapes of it, and what to say about the result."""

@@ -1,0 +1,153 @@
+"""The shapes of load that a server is judged by, and prompts of an exact length for them.
+
+Lengths are exact because prompts are made of words that are one token each behind a space; nothing is shared
+between two prompts unless the profile says so, and nothing between two runs, as the generator is seeded anew.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+_SPACED_WORD = re.compile("[\u0120\u2581][a-z]{3,10}")
+"""A vocabulary entry that is a lower-case word behind a space, as byte-level BPE (Ġ) and SentencePiece (▁) write it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One workload: who asks how much. Closed loop by `concurrency` unless `rate_per_s` makes it an open one."""
+
+    name: str
+    title: str
+    concurrency: int
+    num_requests: int
+    prompt_tokens: int
+    output_tokens: int
+    shared_prefix_tokens: int = 0
+    """Tokens that all prompts of all rounds begin with, on top of `prompt_tokens` of their own."""
+    rounds: int = 1
+    rate_per_s: float | None = None
+
+    def scaled(self, ratio: float) -> "Profile":
+        """The same shape with fewer requests, but never fewer than are in flight at once."""
+        return replace(self, num_requests=max(self.concurrency, round(self.num_requests * ratio)))
+
+
+PROFILES: dict[str, Profile] = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="streams-1", title="1 stream", concurrency=1, num_requests=6, prompt_tokens=128, output_tokens=128
+        ),
+        Profile(
+            name="streams-16",
+            title="16 streams",
+            concurrency=16,
+            num_requests=64,
+            prompt_tokens=128,
+            output_tokens=128,
+        ),
+        Profile(
+            name="streams-64",
+            title="64 streams",
+            concurrency=64,
+            num_requests=192,
+            prompt_tokens=128,
+            output_tokens=128,
+        ),
+        Profile(
+            name="long-prompt",
+            title="4,000-token prompt, 4 streams",
+            concurrency=4,
+            num_requests=8,
+            prompt_tokens=4000,
+            output_tokens=32,
+        ),
+        Profile(
+            name="shared-prefix",
+            title="3,500-token shared prefix, 8 streams",
+            concurrency=8,
+            num_requests=32,
+            prompt_tokens=60,
+            output_tokens=32,
+            shared_prefix_tokens=3500,
+            rounds=2,
+        ),
+        Profile(
+            name="first-token",
+            title="lone first token, 128-token prompt",
+            concurrency=1,
+            num_requests=10,
+            prompt_tokens=128,
+            output_tokens=2,
+        ),
+        Profile(
+            name="poisson",
+            title="open loop, 4 requests/s",
+            concurrency=1,
+            num_requests=40,
+            prompt_tokens=128,
+            output_tokens=64,
+            rate_per_s=4.0,
+        ),
+    )
+}
+"""Name → profile. The sizes are those of the peers' published comparison that Weft's figures stand beside."""
+
+WARM_UP = (
+    Profile(name="warm-up-1", title="", concurrency=1, num_requests=1, prompt_tokens=128, output_tokens=16),
+    Profile(name="warm-up-4", title="", concurrency=4, num_requests=8, prompt_tokens=128, output_tokens=16),
+)
+"""Sent before anything is measured: first calls allocate, compile and page in."""
+
+
+def read_words(tokenizer_file: Path) -> list[str]:
+    """Words that are one token each behind a space, sorted, from a `tokenizer.json`.
+
+    Raises ValueError when the vocabulary holds too few of them for prompts that differ.
+    """
+    vocabulary = json.loads(tokenizer_file.read_text(encoding="utf-8"))["model"]["vocab"]
+    entries = vocabulary if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary]
+    words = sorted(entry[1:] for entry in entries if _SPACED_WORD.fullmatch(entry))
+    if len(words) < 100:
+        raise ValueError(f"the vocabulary has {len(words)} words of one token; at least 100 are needed for prompts")
+    return words
+
+
+class PromptWriter:
+    """Writes random prompts of exact token lengths. One seed gives one series of prompts."""
+
+    def __init__(self, words: Sequence[str], seed: int) -> None:
+        self._words = words
+        self._rng = random.Random(seed)  # noqa: S311 - prompts, not secrets
+
+    def text(self, num_tokens: int) -> str:
+        """`num_tokens` words, each behind a space, so that pieces can be joined without changing the count."""
+        return "".join(f" {word}" for word in self._rng.choices(self._words, k=num_tokens))
+
+    def rounds(self, profile: Profile) -> list[list[str]]:
+        """The prompts of each round of a profile; the shared prefix is the same in all rounds."""
+        prefix = self.text(profile.shared_prefix_tokens)
+        return [
+            [prefix + self.text(profile.prompt_tokens) for _ in range(profile.num_requests)]
+            for _ in range(profile.rounds)
+        ]
+
+
+def completion_body(model: str, prompt: str, output_tokens: int) -> dict[str, Any]:
+    """A greedy, streamed `/v1/completions` body whose answer has exactly `output_tokens` tokens.
+
+    `ignore_eos` is an extension of OpenAI's API that Weft, vLLM and llama.cpp share.
+    """
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
