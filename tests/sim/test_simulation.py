@@ -14,6 +14,7 @@ from tests.sim.simulation import Simulation, SimulationFailed
 from weft.core.sequence import Sequence
 from weft.errors import InvariantBroken
 from weft.scheduler.blocks import BlockPool
+from weft.scheduler.planner import Draft, Planner
 from weft.scheduler.prefix import PrefixIndex
 from weft.scheduler.queue import WaitingQueue
 from weft.scheduler.scheduler import Scheduler
@@ -77,7 +78,7 @@ def leak_a_block_of_aborted_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Scheduler.abort
 
     def abort(self: Scheduler, request_id: Any) -> bool:
-        sequence = self._live.get(request_id)
+        sequence = self._roster.live.get(request_id)
         if sequence is not None and sequence.block_ids:
             sequence.block_ids.pop()
         return original(self, request_id)
@@ -103,25 +104,28 @@ def keep_blocks_of_failed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def share_blocks_before_their_step_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Scheduler._add_row
+    original = Planner.draft
 
-    def add_row(self: Scheduler, draft: Any, sequence: Sequence, num_tokens: int) -> None:
-        original(draft, sequence, num_tokens)
-        self._advance(sequence, sequence.num_planned)
+    def draft(self: Planner, now_ns: int) -> Draft:
+        rows = original(self, now_ns)
+        for sequence in rows.sequences[rows.num_decode_rows :]:
+            self._roster.share_computed(sequence, sequence.num_planned)
+        return rows
 
-    monkeypatch.setattr(Scheduler, "_add_row", add_row)
+    monkeypatch.setattr(Planner, "draft", draft)
 
 
 def share_the_block_that_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Scheduler._match
+    original = Planner._match
 
-    def match(self: Scheduler, sequence: Sequence) -> Any:
+    def match(self: Planner, sequence: Sequence) -> Any:
         hits = original(self, sequence)
-        if hits is None or not self._uses_index(sequence):
+        if hits is None or not self._roster.may_reuse(sequence):
             return hits
-        return self.index.match(sequence.block_digests)
+        num_full = len(sequence.token_ids) // self._size
+        return self._roster.index.match(self._roster.digests(sequence, num_full))
 
-    monkeypatch.setattr(Scheduler, "_match", match)
+    monkeypatch.setattr(Planner, "_match", match)
 
 
 def let_results_of_ended_sequences_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +142,7 @@ def lose_preempted_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def never_start_a_second_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "_match", lambda self, sequence: None if sequence.arrival else [])
+    monkeypatch.setattr(Planner, "_match", lambda self, sequence: None if sequence.arrival else [])
 
 
 CANARIES: list[Callable[[pytest.MonkeyPatch], None]] = [

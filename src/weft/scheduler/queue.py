@@ -14,6 +14,30 @@ from weft.core.sequence import Sequence
 
 _MAX_IDLE_DEADLINES = 1024
 
+_MIN_RETRY_AFTER_S = 1.0
+_MAX_RETRY_AFTER_S = 60.0
+_NS_PER_S = 1_000_000_000
+
+
+class DepartureRate:
+    """How fast requests end while the engine is busy: what a refused client is told about when to come back."""
+
+    def __init__(self) -> None:
+        self._mean_gap_ns = 0.0
+        self._last_ns: int | None = None
+
+    def observe(self, num_ended: int, now_ns: int, *, is_idle: bool) -> None:
+        """Requests ended. `is_idle`: they were the last ones, so the time until the next end means nothing."""
+        if self._last_ns is not None:
+            gap_ns = (now_ns - self._last_ns) / num_ended
+            self._mean_gap_ns = 0.9 * self._mean_gap_ns + 0.1 * gap_ns if self._mean_gap_ns else gap_ns
+        self._last_ns = None if is_idle else now_ns
+
+    def retry_after_s(self, num_waiting: int) -> float:
+        """When half of those who wait should have gone; between a second and a minute."""
+        seconds = num_waiting / 2 * self._mean_gap_ns / _NS_PER_S
+        return min(max(seconds, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
+
 
 class WaitingQueue:
     """Sequences without a slot, in the order in which they should get one."""
