@@ -100,7 +100,8 @@ class CpuMeter:
             wall_s=wall_s,
             server_s=server_s,
             client_s=client_s,
-            foreign_percent=100.0 * foreign_s / (wall_s * (psutil.cpu_count() or 1)),
+            # Busy time is counted in ticks, so short spans can seem fuller than full.
+            foreign_percent=min(100.0, 100.0 * foreign_s / (wall_s * (psutil.cpu_count() or 1))),
         )
 
 

@@ -1,0 +1,81 @@
+"""Prompts have exactly the length that a profile names, and share exactly what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from weft.benchmark.profiles import PROFILES, Profile, PromptWriter, completion_body, read_words
+
+WORDS = [f"word{letter}{other}" for letter in "abcdefghij" for other in "abcdefghij"]
+
+
+def make_profile(**changes: object) -> Profile:
+    values: dict[str, object] = {
+        "name": "x",
+        "title": "x",
+        "concurrency": 2,
+        "num_requests": 3,
+        "prompt_tokens": 5,
+        "output_tokens": 4,
+    }
+    return Profile(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_each_prompt_has_so_many_words_and_none_repeats() -> None:
+    [prompts] = PromptWriter(WORDS, seed=1).rounds(make_profile())
+
+    assert [len(prompt.split()) for prompt in prompts] == [5, 5, 5]
+    assert len(set(prompts)) == 3
+    assert all(prompt.startswith(" ") for prompt in prompts)
+
+
+def test_a_shared_prefix_is_the_same_in_all_rounds_and_comes_on_top() -> None:
+    first, second = PromptWriter(WORDS, seed=1).rounds(make_profile(shared_prefix_tokens=7, rounds=2))
+
+    prefixes = {tuple(prompt.split()[:7]) for prompt in first + second}
+    assert len(prefixes) == 1
+    assert {len(prompt.split()) for prompt in first + second} == {12}
+    assert len(set(first + second)) == 6
+
+
+def test_one_seed_gives_one_series_and_another_seed_another() -> None:
+    assert PromptWriter(WORDS, seed=3).text(50) == PromptWriter(WORDS, seed=3).text(50)
+    assert PromptWriter(WORDS, seed=3).text(50) != PromptWriter(WORDS, seed=4).text(50)
+
+
+@pytest.mark.parametrize("marker", ["\u0120", "\u2581"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_words_are_read_from_both_kinds_of_vocabulary(tmp_path: Path, marker: str, as_list: bool) -> None:
+    entries = [marker + chr(97 + i) * 3 + chr(97 + j) for i in range(20) for j in range(6)]
+    entries += ["plain", marker + "Upper", marker + "no", marker + "d1git", "<s>"]
+    vocabulary = [[entry, 0.0] for entry in entries] if as_list else {entry: i for i, entry in enumerate(entries)}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": vocabulary}}), encoding="utf-8")
+
+    words = read_words(file)
+
+    assert len(words) == 120
+    assert words == sorted(words)
+    assert all(word.isalpha() and word.islower() for word in words)
+
+
+def test_a_vocabulary_without_words_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+
+    with pytest.raises(ValueError, match="at least 100"):
+        read_words(file)
+
+
+def test_scaling_never_sends_fewer_requests_than_are_in_flight() -> None:
+    assert PROFILES["streams-64"].scaled(0.01).num_requests == 64
+    assert PROFILES["streams-16"].scaled(0.5).num_requests == 32
+
+
+def test_bodies_fix_the_length_of_the_answer() -> None:
+    body = completion_body("m", "p", 12)
+
+    assert body["max_tokens"] == 12
+    assert body["ignore_eos"] is True
+    assert body["temperature"] == 0.0
