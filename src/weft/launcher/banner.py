@@ -46,12 +46,9 @@ def curl(settings: Settings) -> str:
     return f"curl {base_url(settings)}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{quoted}'"
 
 
-def phase_seconds(ready: Event, *, until_shards_s: float, download_s: float, total_s: float) -> list[tuple[str, float]]:
-    """(phase, seconds) of the whole start; the last one is what no phase accounts for, so that the sum is exact."""
-    phases = [("launch", until_shards_s - download_s)]
-    if download_s >= 0.05:
-        phases.append(("download", download_s))
-    phases += [(name, seconds) for name, seconds in _reported_phases(ready) if seconds >= 0.005]
+def all_phases(measured: Sequence[tuple[str, float]], ready: Event, total_s: float) -> list[tuple[str, float]]:
+    """(phase, seconds): what the launcher measured, what the shard reports, and the rest, so that the sum is exact."""
+    phases = [(name, seconds) for name, seconds in (*measured, *_reported_phases(ready)) if seconds >= 0.05]
     return [*phases, ("other", max(0.0, total_s - sum(seconds for _, seconds in phases)))]
 
 

@@ -89,6 +89,7 @@ class Launcher:
         self._found: FetchedModel | None = None
         self._ready_events: dict[str, Event] = {}
         self._all_ready = asyncio.Event()
+        self._first_word_at: float | None = None
         self._state: dict[str, object] = {}
         self._progress_shown_at = -_SECONDS_BETWEEN_PROGRESS_LINES
         self._phase_shown = ""
@@ -167,7 +168,7 @@ class Launcher:
             if dead is None:
                 self._become("ready", phase="ready", percent=100)
                 if is_first_start:
-                    self._announce(until_shards_s=began - self._started, total_s=ready_at - self._started)
+                    self._announce(began, ready_at)
                 else:
                     self._log.info("server.ready_again", seconds=round(ready_at - began, 2))
                 dead = await self._first_dead_or_stalled()
@@ -283,6 +284,8 @@ class Launcher:
 
     def _on_line(self, child: Child, line: str) -> None:
         event = parse_event(line)
+        if child.name == "shard-0" and self._first_word_at is None:
+            self._first_word_at = time.monotonic()
         rank = int(child.name.removeprefix("shard-")) if child.name.startswith("shard-") else None
         if event is None:
             child.last_lines.append(line)
@@ -317,16 +320,17 @@ class Launcher:
         if self._router is not None:
             self._router.tell(json.dumps(self._state))
 
-    def _announce(self, *, until_shards_s: float, total_s: float) -> None:
+    def _announce(self, shards_began: float, ready_at: float) -> None:
         """The banner; for machines one log line."""
+        total_s = ready_at - self._started
         ready = self._ready_events["shard-0"]
         if self._settings.json_output:
             fields = {name: value for name, value in ready.items() if name not in ENVELOPE_FIELDS}
             self._log.info("server.ready", url=banner.base_url(self._settings), seconds=round(total_s, 2), **fields)
             return
-        phases = banner.phase_seconds(
-            ready, until_shards_s=until_shards_s, download_s=self._download_s, total_s=total_s
-        )
+        marks = [("launch", shards_began - self._started - self._download_s), ("download", self._download_s)]
+        marks.append(("import", (self._first_word_at or ready_at) - shards_began))
+        phases = banner.all_phases(marks, ready, total_s)
         sys.stdout.write("\n".join(banner.banner(self._settings, ready, phases)) + "\n")
         sys.stdout.flush()
 

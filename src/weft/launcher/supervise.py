@@ -33,28 +33,39 @@ class ChildSpec:
 class Child:
     """A running process and its last words."""
 
-    def __init__(self, spec: ChildSpec, process: asyncio.subprocess.Process, on_line: OnLine) -> None:
+    def __init__(
+        self, spec: ChildSpec, process: asyncio.subprocess.Process, on_line: OnLine, said: int, told: int
+    ) -> None:
         self.name = spec.name
         self.last_lines: deque[str] = deque(maxlen=_NUM_LAST_LINES)
         """What it wrote lately that was no log event: tracebacks, words of native libraries."""
         self._process = process
         self._on_line = on_line
-        self._reader = asyncio.create_task(self._read_lines())
+        self._told = told
+        self._reader = asyncio.create_task(self._read_lines(said))
 
     @classmethod
     async def start(cls, spec: ChildSpec, on_line: OnLine) -> "Child":
         """Start a process; `on_line` gets each line it writes, to standard output or standard error."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "weft.launcher.child", str(os.getpid()), f"weft: {spec.name}", spec.module,
-            *spec.arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=spec.environment,
-            limit=_MAX_LINE_BYTES,
-            process_group=0,
-        )  # fmt: skip
-        return cls(spec, process, on_line)
+        # The pipes are ours: asyncio would not report the end of a process before its pipes are closed, and
+        # whatever the process started may hold them open.
+        said, its_output = os.pipe()
+        its_input, told = os.pipe()
+        os.set_blocking(told, False)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "weft.launcher.child", str(os.getpid()), f"weft: {spec.name}", spec.module,
+                *spec.arguments,
+                stdin=its_input,
+                stdout=its_output,
+                stderr=its_output,
+                env=spec.environment,
+                process_group=0,
+            )  # fmt: skip
+        finally:
+            os.close(its_output)
+            os.close(its_input)
+        return cls(spec, process, on_line, said, told)
 
     @property
     def pid(self) -> int:
@@ -74,18 +85,20 @@ class Child:
     async def wait(self) -> int:
         """Until it has ended and its last line was heard; returns its exit status."""
         status = await self._process.wait()
-        # A grandchild may hold the pipe open for longer.
+        self._signal_group(signal.SIGKILL)
+        # Something that it started outside its group may hold the pipe open for longer.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._reader), timeout=1.0)
-        self._signal_group(signal.SIGKILL)
+        if self._told >= 0:
+            os.close(self._told)
+            self._told = -1
         return status
 
     def tell(self, line: str) -> None:
         """Write a line to its standard input; a child that no longer listens is not told."""
-        stdin = self._process.stdin
-        if stdin is not None and not stdin.is_closing():
-            with contextlib.suppress(ConnectionError):
-                stdin.write(line.encode() + b"\n")
+        if self._told >= 0:
+            with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                os.write(self._told, line.encode() + b"\n")
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -112,17 +125,22 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
 
-    async def _read_lines(self) -> None:
-        stream = self._process.stdout
-        assert stream is not None  # noqa: S101 (the pipe was asked for above)
-        while True:
-            try:
-                line = await stream.readline()
-            except ValueError:  # longer than _MAX_LINE_BYTES; asyncio has dropped what it had of it
-                continue
-            if not line:
-                return
-            self._on_line(self, line.decode(errors="replace").rstrip("\n"))
+    async def _read_lines(self, said: int) -> None:
+        stream = asyncio.StreamReader(limit=_MAX_LINE_BYTES)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(said, "rb", buffering=0)
+        )
+        try:
+            while True:
+                try:
+                    line = await stream.readline()
+                except ValueError:  # longer than _MAX_LINE_BYTES; what was read of it is gone
+                    continue
+                if not line:
+                    return
+                self._on_line(self, line.decode(errors="replace").rstrip("\n"))
+        finally:
+            transport.close()
 
 
 class RestartPolicy:
