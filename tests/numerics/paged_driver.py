@@ -55,14 +55,21 @@ class PagedSequence:
 class PagedDriver:
     """Blocks are handed out in a scrambled order, and the pool starts as NaN: a read of an unwritten place shows."""
 
-    def __init__(self, decoders: Sequence[Decoder], *, block_size: int = 8, num_blocks: int = 96) -> None:
+    def __init__(
+        self,
+        decoders: Sequence[Decoder],
+        *,
+        block_size: int = 8,
+        num_blocks: int = 96,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.decoders = decoders
         self.block_size = block_size
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
         self.free_blocks = order.tolist()
         self.kv = [
             [
-                LayerKv(*(torch.full((num_blocks, heads, block_size, size), torch.nan) for _ in range(2)))
+                LayerKv(*(torch.full((num_blocks, heads, block_size, size), torch.nan, dtype=dtype) for _ in range(2)))
                 for heads, size in decoder.kv_shapes
             ]
             for decoder in decoders
