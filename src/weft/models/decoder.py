@@ -126,7 +126,6 @@ class Decoder:
         """(Hkv of this rank, D) for each layer."""
         return [layer.kv_shape for layer in self._layers]
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Run packed rows through the model; writes their keys and values into `batch.kv`.
 
@@ -136,22 +135,18 @@ class Decoder:
 
     @torch.inference_mode()
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
-        """The first part of `forward`: everything but the output layer.
-
-        Shapes   → normalized `[S', E]` of the rows in `batch.logit_rows`
-        """
+        """The first half of `forward`: the normed stream `[S', E]` of the rows in `batch.logit_rows`."""
         embedded = self._vocabulary.embed(batch.token_ids)
         delta, residual = self._layers[0](None, embedded, batch, batch.kv[0])
         for layer, kv in zip(self._layers[1:], batch.kv[1:], strict=True):
             delta, residual = layer(delta, residual, batch, kv)
         rows = batch.logit_rows
+        if len(rows) == 0:
+            return residual.new_empty(0, residual.shape[1])
         normed, _ = self._final_norm.add(delta[rows], residual[rows])
         return normed
 
     @torch.inference_mode()
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The second part of `forward`, for callers that want the logits of many rows piece by piece.
-
-        Shapes   `[S', E]` → `[S', V]` float32, equal on every rank
-        """
+        """The second half of `forward`: `[S', E]` → `[S', V]` float32. Every rank must call it alike."""
         return self._vocabulary.logits(hidden_states)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from weft.errors import ModelNotFoundError
-from weft.models.spec import DecoderSpec, ModelDescription, WeightFormat
+from weft.models.spec import DecoderSpec, ModelDescription, WeightFormat, YarnScaling
 from weft.models.weights.config_file import ModelConfig, read_json_object
 from weft.models.weights.gguf_config import config_from_metadata
 from weft.models.weights.gguf_file import GgufFile
@@ -70,6 +70,11 @@ def describe(path: Path) -> ModelDescription:
 
 def _describe_directory(directory: Path) -> ModelDescription:
     config = ModelConfig(read_json_object(directory / "config.json"), "config.json")
+    if config.has("quantization_config"):
+        raise ModelNotFoundError(
+            "config.json: `quantization_config` names a packed format that is not supported. "
+            "Use the unquantized checkpoint, or a GGUF file."
+        )
     files = weight_files(directory)
     generation = directory / "generation_config.json"
     eos = config.token_ids("eos_token_id")
@@ -107,8 +112,18 @@ def _description(
         weight_format=weight_format,
         stored_dtype=stored_dtype,
         spec=spec,
-        max_positions=config.integer("max_position_embeddings"),
+        max_positions=_max_positions(config, spec),
         # Some configurations name ids that the embedding does not have; those can never be produced.
         eos_token_ids=tuple(token_id for token_id in eos if token_id < spec.vocab_size),
         bos_token_id=bos[0] if bos and bos[0] < spec.vocab_size else None,
     )
+
+
+def _max_positions(config: ModelConfig, spec: DecoderSpec) -> int:
+    """The context served: what the configuration says, or what YaRN stretches the original one to.
+
+    Files that switch YaRN on by hand leave `max_position_embeddings` at its old value.
+    """
+    scalings = [layer.mixer.rope.scaling for layer in spec.layers]
+    stretched = [int(s.factor * s.original_max_positions) for s in scalings if isinstance(s, YarnScaling)]
+    return max([config.integer("max_position_embeddings"), *stretched])

@@ -51,6 +51,8 @@ class VocabularyLayers:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Scores of the whole vocabulary, on every rank."""
+        if len(x) == 0:  # a step that only fills the cache; all ranks skip the exchange alike
+            return x.new_empty(0, self._vocab_size, dtype=torch.float32)
         scores = ops.linear(x, self._head, torch.float32)
         if self._group.world_size > 1:
             scores = self._group.all_gather(scores, dim=-1, sizes=self._sizes)
