@@ -1,0 +1,299 @@
+"""The HTTP application: every route, and the three layers around them.
+
+    Edge       request id, one log line, HTTP metrics         (exchange.py)
+    CORS       what browsers may do                           (Starlette)
+    Dispatch   route, key, body, client watch, errors         (here)
+
+Handlers raise RequestError; Dispatch says it in the dialect of the route, as a status while nothing has been sent and
+as the last event of a stream afterwards.
+"""
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Mapping
+
+import structlog
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
+from weft.router import health, native, openai, openapi
+from weft.router.body import read_body, require_json
+from weft.router.context import RouterContext
+from weft.router.error_replies import body_of, dialect_of, headers_of, status_of
+from weft.router.exchange import SCOPE_KEY, Edge, Exchange
+from weft.router.json_values import Anything, JsonValue
+from weft.router.routes import Access, Route, RouteTable
+from weft.router.schemas_native import (
+    ChatTokenizeResponse,
+    CompatGenerateRequest,
+    GenerateRequest,
+    GenerateResponse,
+    Info,
+    StreamResponse,
+    TokenizeToken,
+)
+from weft.router.schemas_openai import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Model,
+    ModelList,
+)
+from weft.router.stream import ClientWatch
+
+log = structlog.get_logger("weft.http")
+
+_GENERATE_EXAMPLE: Mapping[str, JsonValue] = {"inputs": "What is deep learning?", "parameters": {"max_new_tokens": 32}}
+_CHAT_EXAMPLE: Mapping[str, JsonValue] = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 32,
+}
+_COMPLETION_EXAMPLE: Mapping[str, JsonValue] = {"prompt": "The capital of France is", "max_tokens": 8}
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        method="POST", path="/v1/chat/completions", handler=openai.chat_completions, access=Access.USER,
+        summary="Answer a conversation", tag="OpenAI", body=ChatRequest, answer=ChatCompletion,
+        event=ChatCompletionChunk, generates=True, example=_CHAT_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/v1/completions", handler=openai.completions, access=Access.USER,
+        summary="Continue one or several texts", tag="OpenAI", body=CompletionRequest, answer=Completion,
+        event=Completion, generates=True, example=_COMPLETION_EXAMPLE,
+    ),
+    Route(
+        method="GET", path="/v1/models", handler=openai.models, access=Access.USER,
+        summary="Names of the model served", tag="OpenAI", answer=ModelList,
+    ),
+    Route(
+        method="GET", path="/v1/models/{model_id:path}", handler=openai.model_by_id, access=Access.USER,
+        summary="One name of the model served", tag="OpenAI", answer=Model,
+    ),
+    Route(
+        method="POST", path="/generate", handler=native.generate, access=Access.USER,
+        summary="Generate text", tag="TGI", body=GenerateRequest, answer=GenerateResponse, generates=True,
+        example=_GENERATE_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/generate_stream", handler=native.generate_stream, access=Access.USER,
+        summary="Generate text as a stream of tokens", tag="TGI", body=GenerateRequest,
+        answer_type="text/event-stream", event=StreamResponse, generates=True, example=_GENERATE_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/", handler=native.compat_generate, access=Access.USER,
+        summary="Generate text; `stream` in the body chooses the form", tag="TGI", body=CompatGenerateRequest,
+        answer=list[GenerateResponse], event=StreamResponse, generates=True, example=_GENERATE_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/tokenize", handler=native.tokenize, access=Access.USER,
+        summary="Tokens of a text", tag="TGI", body=GenerateRequest, answer=list[TokenizeToken],
+        example={"inputs": "What is deep learning?"},
+    ),
+    Route(
+        method="POST", path="/chat_tokenize", handler=native.chat_tokenize, access=Access.USER,
+        summary="Prompt and tokens of a conversation", tag="TGI", body=ChatRequest, answer=ChatTokenizeResponse,
+        example=_CHAT_EXAMPLE,
+    ),
+    Route(
+        method="GET", path="/info", handler=native.info, access=Access.USER,
+        summary="Model, limits and memory", tag="TGI", answer=Info,
+    ),
+    Route(
+        method="GET", path="/model_info", handler=native.info, access=Access.USER,
+        summary="As /info", tag="TGI", answer=Info, is_hidden=True,
+    ),
+    Route(
+        method="GET", path="/", handler=health.root, access=Access.HEALTH_PROBE,
+        summary="Health; a page for browsers", tag="Operations", answer_type="",
+    ),
+    Route(
+        method="GET", path="/health", handler=health.health, access=Access.HEALTH_PROBE,
+        summary="Whether a generation would be served now", tag="Operations", answer_type="",
+    ),
+    Route(
+        method="GET", path="/health/live", handler=health.live, access=Access.HEALTH_PROBE,
+        summary="Whether the process answers", tag="Operations", answer_type="",
+    ),
+    Route(
+        method="GET", path="/health/ready", handler=health.health, access=Access.HEALTH_PROBE,
+        summary="As /health; 503 from the first moment of a shutdown", tag="Operations", answer_type="",
+    ),
+    Route(
+        method="GET", path="/ping", handler=health.health, access=Access.HEALTH_PROBE,
+        summary="As /health, SageMaker's spelling", tag="Operations", answer_type="",
+    ),
+    Route(
+        method="GET", path="/metrics", handler=health.metrics, access=Access.METRICS_PROBE,
+        summary="Prometheus metrics", tag="Operations", answer_type="text/plain",
+    ),
+    Route(
+        method="GET", path="/docs", handler=openapi.docs, access=Access.USER,
+        summary="This documentation", tag="Operations", answer_type="text/html",
+    ),
+    Route(
+        method="GET", path="/docs/{name}", handler=openapi.docs_file, access=Access.USER,
+        summary="Files of the documentation", tag="Operations", answer_type="", is_hidden=True,
+    ),
+    Route(
+        method="GET", path="/openapi.json", handler=openapi.document, access=Access.USER,
+        summary="This API as OpenAPI 3.1", tag="Operations", answer=dict[str, Anything],
+    ),
+    Route(
+        method="GET", path="/api-doc/openapi.json", handler=openapi.document, access=Access.USER,
+        summary="As /openapi.json, TGI's spelling", tag="Operations", answer=dict[str, Anything], is_hidden=True,
+    ),
+)  # fmt: skip
+
+
+def build_app(context: RouterContext) -> ASGIApp:
+    """The application of one router process."""
+    table = RouteTable(ROUTES)
+    context.openapi = openapi.build_document(table.routes, context.version)
+    context.metrics.before_exposition(lambda: health.collect_gauges(context))
+    cors = CORSMiddleware(
+        Dispatch(context, table),
+        allow_origins=context.settings.cors_allow_origin or ("*",),
+        allow_methods=("GET", "POST", "OPTIONS"),
+        # Mirrors what the browser asks for: clients send Authorization and headers of their own.
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+    )
+    return Edge(cors, context.clock, context.metrics)
+
+
+class Dispatch:
+    """Calls the handler of a route, and turns whatever it raises into an answer."""
+
+    def __init__(self, context: RouterContext, table: RouteTable) -> None:
+        self._context = context
+        self._table = table
+        self._auth = KeyCheck(context)
+        self._accounts = GenerationAccounts(context)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return
+        exchange: Exchange = scope[SCOPE_KEY]
+        exchange.receive, exchange.send = receive, send
+        route: Route | None = None
+        try:
+            route = self._table.find(exchange)
+            exchange.route = route.path
+            self._auth.check(route, exchange)
+            await self._handle(route, exchange)
+        except RequestError as error:
+            await self._fail(exchange, error)
+        except Exception:  # a border: whatever a handler raises, the client gets an answer and the server lives
+            log.exception("request.bug", request_id=exchange.request_id, route=exchange.route)
+            await self._fail(exchange, InternalError("The server made a mistake with this request; it is logged"))
+        if route is not None and route.generates:
+            self._accounts.add(exchange)
+
+    async def _handle(self, route: Route, exchange: Exchange) -> None:
+        if route.body is None:
+            await route.handler(self._context, exchange)
+            return
+        self._context.lifecycle.require_ready()
+        require_json(exchange)
+        exchange.stage = "body"
+        exchange.body = await read_body(exchange, self._context.settings.payload_limit)
+        exchange.stage = "validate"
+        async with ClientWatch(exchange):
+            await route.handler(self._context, exchange)
+
+    async def _fail(self, exchange: Exchange, error: RequestError) -> None:
+        exchange.error = error
+        if isinstance(error, ClientGoneError):
+            self._context.metrics.counter("weft_request_cancelled").add(1, exchange.stage)
+            exchange.abort_connection()
+            await asyncio.sleep(0)  # lets the connection notice, so that the server does not wait for an answer
+            return
+        if exchange.end_stream is not None:
+            await exchange.end_stream(error)
+            return
+        if exchange.is_answering:
+            exchange.abort_connection()
+            return
+        dialect = dialect_of(exchange.scope["path"])
+        body = body_of(error, dialect, self._context.lifecycle.progress)
+        headers = headers_of(error)
+        if exchange.stage in ("headers", "body"):
+            # The body may not have been read to its end; what is left of it must not be taken for a request.
+            headers.append((b"connection", b"close"))
+        await exchange.reply(status_of(error, dialect), body, headers=headers)
+
+
+class KeyCheck:
+    """The API key: exact, compared on digests in constant time."""
+
+    def __init__(self, context: RouterContext) -> None:
+        settings = context.settings
+        self._digests = [_digest(key) for key in (settings.api_key,) if key]
+        self._public: set[Access] = set()
+        if not settings.protect_health:
+            self._public.add(Access.HEALTH_PROBE)
+        if not settings.protect_metrics:
+            self._public.add(Access.METRICS_PROBE)
+
+    def check(self, route: Route, exchange: Exchange) -> None:
+        """Raises UnauthorizedError."""
+        if not self._digests or route.access in self._public:
+            return
+        values = exchange.headers(b"authorization")
+        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise UnauthorizedError("The API key is missing or wrong. Send `Authorization: Bearer <key>`")
+
+
+class GenerationAccounts:
+    """The `tgi_request_*` family: each HTTP request once, whatever its dialect, choices and end."""
+
+    def __init__(self, context: RouterContext) -> None:
+        metrics = context.metrics
+        self._clock = context.clock
+        self._count = metrics.counter("tgi_request_count")
+        self._success = metrics.counter("tgi_request_success")
+        self._failure = metrics.counter("tgi_request_failure")
+        self._prompt_tokens = metrics.counter("weft_prompt_tokens")
+        self._cached_tokens = metrics.counter("weft_cached_prompt_tokens")
+        self._completion_tokens = metrics.counter("weft_completion_tokens")
+        self._duration = metrics.histogram("tgi_request_duration")
+        self._validation = metrics.histogram("tgi_request_validation_duration")
+        self._queue = metrics.histogram("tgi_request_queue_duration")
+        self._inference = metrics.histogram("tgi_request_inference_duration")
+        self._per_token = metrics.histogram("tgi_request_mean_time_per_token_duration")
+        self._generated = metrics.histogram("tgi_request_generated_tokens")
+        self._input_length = metrics.histogram("tgi_request_input_length")
+        self._max_new_tokens = metrics.histogram("tgi_request_max_new_tokens")
+
+    def add(self, exchange: Exchange) -> None:
+        """Note a request that is over."""
+        self._count.add()
+        timings = exchange.timings
+        if timings.queued_ns:
+            self._input_length.observe(exchange.num_prompt_tokens)
+            self._max_new_tokens.observe(exchange.max_new_tokens)
+            self._prompt_tokens.add(exchange.num_prompt_tokens)
+            self._cached_tokens.add(exchange.num_cached_tokens)
+            self._completion_tokens.add(exchange.num_completion_tokens)
+        if exchange.error is not None:
+            self._failure.add(1, exchange.error.metric_label)
+            return
+        self._success.add()
+        self._duration.observe((self._clock.now_ns() - timings.started_ns) / 1e9)
+        self._validation.observe(timings.validation_ns / 1e9)
+        self._queue.observe(timings.queue_ns / 1e9)
+        self._inference.observe(timings.inference_ns / 1e9)
+        self._per_token.observe(timings.inference_ns / 1e9 / max(exchange.num_completion_tokens, 1))
+        self._generated.observe(exchange.num_completion_tokens)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1", errors="replace")).digest()

@@ -1,0 +1,388 @@
+"""One choice of a `/v1` answer: its text, its log-probabilities, its frames and its whole form.
+
+Several tokens that arrive together become one chunk. Log-probabilities follow the text: an entry appears when the
+text of its token is shown, and never for text that a stop string cut off.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec import UNSET, UnsetType
+
+from weft.core.events import TokenEvent
+from weft.core.request import FinishReason, Request
+from weft.router.json_values import shown_logprob
+from weft.router.schemas_openai import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    Delta,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from weft.router.sequence_text import SequenceText
+from weft.router.served import ServedModel
+from weft.router.stream import encode_json, frame
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS_TOKEN: "stop",
+    FinishReason.STOP_SEQUENCE: "stop",
+    FinishReason.ABORT: "stop",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What every object and chunk of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenRecord:
+    """A token with its log-probability, waiting for its text to be shown."""
+
+    event: TokenEvent
+    start: int
+    stop: int
+    """Characters of the sequence's text before and behind it."""
+
+
+class _LogprobTrail:
+    """Records in order of their text."""
+
+    def __init__(self) -> None:
+        self._waiting: list[_TokenRecord] = []
+        self._num_chars = 0
+
+    def add(self, event: TokenEvent, num_chars: int) -> None:
+        """A token that added `num_chars` characters."""
+        start, self._num_chars = self._num_chars, self._num_chars + num_chars
+        self._waiting.append(_TokenRecord(event, start, self._num_chars))
+
+    def release(self, num_shown_chars: int, *, is_final: bool) -> list[_TokenRecord]:
+        """Records whose text is shown; at the end also the one of which a part is shown."""
+        waiting = self._waiting
+        if is_final:
+            # An empty token behind everything shown (an end-of-text token) belongs to the answer, too.
+            shown = [record for record in waiting if record.start < num_shown_chars or record.stop <= num_shown_chars]
+            self._waiting = []
+            return shown
+        count = 0
+        while count < len(waiting) and waiting[count].stop <= num_shown_chars:
+            count += 1
+        self._waiting = waiting[count:]
+        return waiting[:count]
+
+
+class ChoiceText:
+    """What both kinds of choice share: pushing tokens, counting, remembering."""
+
+    shows_special_logprobs = False
+
+    def __init__(
+        self,
+        model: ServedModel,
+        request: Request,
+        stop_strings: Sequence[str],
+        index: int,
+        head: AnswerHead,
+        *,
+        has_logprobs: bool,
+        with_usage: bool,
+    ) -> None:
+        """`with_usage`: every chunk has the field, as OpenAI's do when usage was asked for."""
+        self._model = model
+        self._request = request
+        self._head = head
+        self._usage_field = None if with_usage else UNSET
+        self.sequence = SequenceText(model, request.prompt_token_ids, stop_strings, index=index)
+        self._trail = _LogprobTrail() if has_logprobs else None
+        self._num_shown_chars = 0
+        self._text: list[str] = []
+        self._records: list[_TokenRecord] = []
+
+    @property
+    def index(self) -> int:
+        """Place among the choices."""
+        return self.sequence.index
+
+    @property
+    def num_shown_tokens(self) -> int:
+        """Completion tokens that count."""
+        return self.sequence.num_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's word for it."""
+        reason = self.sequence.finish_reason
+        return None if reason is None else FINISH_REASONS[reason]
+
+    def collect(self, batch: Sequence[TokenEvent]) -> None:
+        """Remember a batch for the whole answer."""
+        text, records = self._advance(batch)
+        self._text.append(text)
+        self._records += records
+
+    def frames(self, batch: Sequence[TokenEvent]) -> bytes:
+        """The chunks of a batch; may be empty."""
+        raise NotImplementedError
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        """The chunk behind the last one, without choices."""
+        raise NotImplementedError
+
+    def _advance(self, batch: Sequence[TokenEvent]) -> tuple[str, list[_TokenRecord]]:
+        """Text and records that may be shown now."""
+        sequence, trail = self.sequence, self._trail
+        shown: list[str] = []
+        for event in batch:
+            shown.append(sequence.push(event))
+            if trail is not None and (self.shows_special_logprobs or not sequence.is_special):
+                trail.add(event, 0 if sequence.is_special else len(sequence.token_text))
+            if sequence.finish_reason is not None:
+                break
+        text = shown[0] if len(shown) == 1 else "".join(shown)
+        if trail is None:
+            return text, []
+        self._num_shown_chars += len(text)
+        return text, trail.release(self._num_shown_chars, is_final=sequence.finish_reason is not None)
+
+
+class ChatChoiceText(ChoiceText):
+    """A choice of a chat completion."""
+
+    _has_begun = False
+
+    def __init__(
+        self,
+        model: ServedModel,
+        request: Request,
+        stop_strings: Sequence[str],
+        index: int,
+        head: AnswerHead,
+        *,
+        has_logprobs: bool,
+        with_usage: bool,
+    ) -> None:
+        """Builds the bytes around the text of the usual chunk once."""
+        super().__init__(model, request, stop_strings, index, head, has_logprobs=has_logprobs, with_usage=with_usage)
+        marker = "\0"
+        before, _, after = self._chunk(Delta(content=marker)).partition(encode_json(marker))
+        self._before_text, self._after_text = before, after
+
+    def frames(self, batch: Sequence[TokenEvent]) -> bytes:
+        """Role first, then text, then the finish reason in a chunk of its own."""
+        text, records = self._advance(batch)
+        frames: list[bytes] = []
+        if not self._has_begun:
+            self._has_begun = True
+            frames.append(self._chunk(Delta(role="assistant", content="")))
+        if records:
+            frames.append(self._chunk(Delta(content=text), self._logprobs(records)))
+        elif text:
+            frames.append(self._before_text + encode_json(text) + self._after_text)
+        if self.finish_reason is not None:
+            frames.append(self._chunk(Delta(), finish_reason=self.finish_reason))
+        return b"".join(frames)
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        """See `ChoiceText.usage_frame`."""
+        head = self._head
+        return frame(
+            ChatCompletionChunk(
+                id=head.id,
+                created=head.created,
+                model=head.model,
+                system_fingerprint=head.system_fingerprint,
+                choices=[],
+                usage=usage,
+            )
+        )
+
+    def whole(self) -> ChatChoice:
+        """The choice of a whole answer."""
+        return ChatChoice(
+            index=self.index,
+            message=AssistantMessage(role="assistant", content="".join(self._text)),
+            logprobs=None if self._trail is None else self._logprobs(self._records),
+            finish_reason=self.finish_reason or "stop",
+        )
+
+    def _chunk(self, delta: Delta, logprobs: ChatLogprobs | None = None, finish_reason: str | None = None) -> bytes:
+        head = self._head
+        return frame(
+            ChatCompletionChunk(
+                id=head.id,
+                created=head.created,
+                model=head.model,
+                system_fingerprint=head.system_fingerprint,
+                choices=[ChunkChoice(index=self.index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)],
+                usage=self._usage_field,
+            )
+        )
+
+    def _logprobs(self, records: Sequence[_TokenRecord]) -> ChatLogprobs:
+        return ChatLogprobs(content=[self._token_logprob(record.event) for record in records])
+
+    def _token_logprob(self, event: TokenEvent) -> TokenLogprob:
+        top = event.top_tokens
+        count = self._request.sampling.top_n_tokens
+        alternatives = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
+        return TokenLogprob(
+            token=self._model.tokenizer.token_text(event.token_id),
+            logprob=shown_logprob(event.logprob),
+            bytes=list(self._model.token_bytes(event.token_id)),
+            top_logprobs=[
+                TopLogprob(
+                    token=self._model.tokenizer.token_text(token_id),
+                    logprob=shown_logprob(logprob),
+                    bytes=list(self._model.token_bytes(token_id)),
+                )
+                for token_id, logprob in alternatives
+            ],
+        )
+
+
+class CompletionChoiceText(ChoiceText):
+    """A choice of a plain completion, which may begin with its prompt (`echo`)."""
+
+    shows_special_logprobs = True
+
+    def __init__(
+        self,
+        model: ServedModel,
+        request: Request,
+        stop_strings: Sequence[str],
+        index: int,
+        head: AnswerHead,
+        *,
+        body: CompletionRequest,
+        echo_text: str,
+        with_usage: bool,
+    ) -> None:
+        """`echo_text` stands before the completion; "" without echo."""
+        super().__init__(
+            model, request, stop_strings, index, head, has_logprobs=body.logprobs is not None, with_usage=with_usage
+        )
+        self._echo_text = echo_text
+        # OpenAI: `max_tokens` 0 with `echo` scores the prompt. The engine needs one token; it is not shown.
+        self._hides_completion = body.max_tokens == 0
+        self._prompt_logprobs: tuple[float, ...] | None = None
+        self._has_begun = False
+        marker = "\0"
+        before, _, after = self._chunk(marker, None).partition(encode_json(marker))
+        self._before_text, self._after_text = before, after
+
+    @property
+    def num_shown_tokens(self) -> int:
+        """See `ChoiceText.num_shown_tokens`."""
+        return 0 if self._hides_completion else super().num_shown_tokens
+
+    def collect(self, batch: Sequence[TokenEvent]) -> None:
+        """See `ChoiceText.collect`."""
+        self._note_prompt(batch)
+        super().collect(batch)
+
+    def frames(self, batch: Sequence[TokenEvent]) -> bytes:
+        """The prompt first when it is echoed, then text, then the finish reason in a chunk of its own."""
+        self._note_prompt(batch)
+        text, records = self._advance(batch)
+        if self._hides_completion:
+            text, records = "", []
+        frames: list[bytes] = []
+        if not self._has_begun:
+            self._has_begun = True
+            if self._echo_text:
+                frames.append(self._chunk(self._echo_text, self._logprobs([], with_prompt=True)))
+        if records:
+            frames.append(self._chunk(text, self._logprobs(records, with_prompt=False)))
+        elif text:
+            frames.append(self._before_text + encode_json(text) + self._after_text)
+        if self.finish_reason is not None:
+            frames.append(self._chunk("", None, self.finish_reason))
+        return b"".join(frames)
+
+    def usage_frame(self, usage: Usage) -> bytes:
+        """See `ChoiceText.usage_frame`."""
+        return frame(self._completion([], usage))
+
+    def whole(self) -> CompletionChoice:
+        """The choice of a whole answer."""
+        text = "" if self._hides_completion else "".join(self._text)
+        records = [] if self._hides_completion else self._records
+        return CompletionChoice(
+            index=self.index,
+            text=self._echo_text + text,
+            logprobs=self._logprobs(records, with_prompt=bool(self._echo_text)),
+            finish_reason=self.finish_reason,
+        )
+
+    def _note_prompt(self, batch: Sequence[TokenEvent]) -> None:
+        report = batch[0].prompt
+        if report is not None and report.prompt_logprobs is not None:
+            self._prompt_logprobs = report.prompt_logprobs
+
+    def _chunk(self, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None = None) -> bytes:
+        choice = CompletionChoice(index=self.index, text=text, logprobs=logprobs, finish_reason=finish_reason)
+        return frame(self._completion([choice], self._usage_field))
+
+    def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        head = self._head
+        return Completion(
+            id=head.id,
+            created=head.created,
+            model=head.model,
+            system_fingerprint=head.system_fingerprint,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _logprobs(self, records: Sequence[_TokenRecord], *, with_prompt: bool) -> CompletionLogprobs | None:
+        if self._trail is None:
+            return None
+        count = self._request.sampling.top_n_tokens
+        lists = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[] if count else None, text_offset=[])
+        if with_prompt and self._prompt_logprobs is not None:
+            self._add_prompt(lists, self._prompt_logprobs)
+        for record in records:
+            event = record.event
+            top = event.top_tokens
+            pairs = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
+            self._add(lists, event.token_id, event.logprob, (*pairs, (event.token_id, event.logprob)))
+            lists.text_offset[-1] = len(self._echo_text) + record.start
+        return lists
+
+    def _add_prompt(self, lists: CompletionLogprobs, logprobs: Sequence[float]) -> None:
+        """The prompt's tokens; the first has no log-probability, and the engine reports no alternatives to them."""
+        offset = 0
+        for token_id, logprob in zip(self._request.prompt_token_ids, (None, *logprobs), strict=True):
+            self._add(lists, token_id, logprob, () if logprob is None else ((token_id, logprob),))
+            lists.text_offset[-1] = offset
+            offset += len(lists.tokens[-1])
+
+    def _add(
+        self,
+        lists: CompletionLogprobs,
+        token_id: int,
+        logprob: float | None,
+        alternatives: Sequence[tuple[int, float]],
+    ) -> None:
+        text_of = self._model.tokenizer.token_text
+        lists.tokens.append(text_of(token_id))
+        lists.token_logprobs.append(None if logprob is None else shown_logprob(logprob))
+        lists.text_offset.append(0)
+        if lists.top_logprobs is not None:
+            shown = {text_of(other): shown_logprob(value) for other, value in alternatives}
+            lists.top_logprobs.append(shown or None)

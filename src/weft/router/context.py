@@ -1,0 +1,49 @@
+"""What every handler of one router process shares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import weft
+from weft.config import Settings
+from weft.core.clock import Clock
+from weft.router.admission import Admission
+from weft.router.backend import Backend, BackendProbe
+from weft.router.lifecycle import Lifecycle
+from weft.router.served import ServedModel
+from weft.router.stream import StreamWatch
+from weft.telemetry.metrics import Registry
+
+
+@dataclass(slots=True, kw_only=True)
+class RouterContext:
+    """The parts of a running router. `model` appears when the shards are ready."""
+
+    settings: Settings
+    backend: Backend
+    clock: Clock
+    metrics: Registry = field(default_factory=Registry)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    admission: Admission = field(init=False)
+    streams: StreamWatch = field(init=False)
+    probe: BackendProbe = field(init=False)
+    model: ServedModel | None = None
+    compute_type: str = "cpu"
+    """Header x-compute-type."""
+    version: str = weft.__version__
+    openapi: bytes = b""
+    """The OpenAPI document; built with the route table."""
+    num_connections: Callable[[], int] = lambda: 0
+    """Open HTTP connections, as the server counts them."""
+
+    def __post_init__(self) -> None:
+        """Sizes follow the settings."""
+        self.admission = Admission(self.settings.max_concurrent_requests)
+        self.probe = BackendProbe(self.backend, self.clock)
+        self.streams = StreamWatch(self.clock, self.metrics)
+
+    def require_model(self) -> ServedModel:
+        """The model, when generation requests are welcome. Raises NotReadyError."""
+        self.lifecycle.require_ready()
+        if self.model is None:
+            raise self.lifecycle.not_ready()
+        return self.model

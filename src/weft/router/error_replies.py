@@ -1,0 +1,99 @@
+"""An error as bytes, in the dialect of its route: TGI's `{error, error_type}` or OpenAI's error object."""
+
+import math
+from enum import StrEnum
+
+import msgspec
+
+from weft.errors import (
+    BadRequestError,
+    GenerationError,
+    IncompleteGenerationError,
+    MalformedJsonError,
+    NotReadyError,
+    RequestError,
+    TemplateError,
+    UnauthorizedError,
+    ValidationError,
+)
+from weft.router.exchange import RawHeaders
+from weft.router.lifecycle import Progress
+from weft.router.schemas_native import ErrorResponse, NotReadyResponse
+from weft.router.schemas_openai import ErrorBody, OpenAIError
+from weft.router.stream import DONE_FRAME, frame
+
+_NATIVE_PREFIXES: tuple[tuple[type[RequestError], str], ...] = (
+    (MalformedJsonError, "Failed to parse the request body as JSON: "),
+    (BadRequestError, "Failed to deserialize the JSON body into the target type: "),
+    (ValidationError, "Input validation error: "),
+    (TemplateError, "Template error: "),
+    (GenerationError, "Request failed during generation: "),
+)
+
+
+class Dialect(StrEnum):
+    """Who speaks."""
+
+    NATIVE = "native"
+    OPENAI = "openai"
+
+
+def dialect_of(path: str) -> Dialect:
+    """The dialect of a path, known or not."""
+    return Dialect.OPENAI if path == "/v1" or path.startswith("/v1/") else Dialect.NATIVE
+
+
+def status_of(error: RequestError, dialect: Dialect) -> int:
+    """HTTP status."""
+    return error.openai_status if dialect is Dialect.OPENAI else error.http_status
+
+
+def body_of(error: RequestError, dialect: Dialect, progress: Progress) -> bytes:
+    """JSON body."""
+    if dialect is Dialect.OPENAI:
+        return msgspec.json.encode(_openai(error))
+    if isinstance(error, NotReadyError):
+        return msgspec.json.encode(
+            NotReadyResponse(
+                error=error.message,
+                error_type=error.error_type,
+                state=progress.state,
+                phase=progress.phase,
+                percent=progress.percent,
+            )
+        )
+    return msgspec.json.encode(_native(error))
+
+
+def headers_of(error: RequestError) -> RawHeaders:
+    """Headers that tell a client what to do next."""
+    headers: RawHeaders = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+    if isinstance(error, UnauthorizedError):
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers
+
+
+def native_end_frames(error: RequestError) -> bytes:
+    """The last event of a native stream that fails; the stream then simply ends."""
+    body = _native(error)
+    if isinstance(error, IncompleteGenerationError):
+        body = ErrorResponse(error="Incomplete generation stream", error_type="incomplete_generation_stream")
+    return frame(body)
+
+
+def openai_end_frames(error: RequestError) -> bytes:
+    """The last events of a `/v1` stream that fails."""
+    return frame(_openai(error)) + DONE_FRAME
+
+
+def _native(error: RequestError) -> ErrorResponse:
+    prefix = next((prefix for kind, prefix in _NATIVE_PREFIXES if isinstance(error, kind)), "")
+    return ErrorResponse(error=prefix + error.message, error_type=error.error_type)
+
+
+def _openai(error: RequestError) -> OpenAIError:
+    return OpenAIError(
+        error=ErrorBody(message=error.message, type=error.openai_type, param=error.field, code=error.code)
+    )

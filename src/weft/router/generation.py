@@ -1,0 +1,149 @@
+"""The sequences of one HTTP request, from its places in the house to the last token. Knows no dialect.
+
+The events of all sequences come out of one generator, so that a handler is one loop in one task whether there is one
+choice or thirty. Leaving the loop, by any way, ends what still runs.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing
+from types import TracebackType
+from typing import Self
+
+from weft.core.request import Request
+from weft.errors import IncompleteGenerationError, RequestError
+from weft.router.backend import Backend, TokenBatch
+from weft.router.context import RouterContext
+from weft.router.exchange import Exchange, RawHeaders
+from weft.router.sequence_text import SequenceText
+
+Progress = tuple[SequenceText, TokenBatch]
+
+
+class Generation:
+    """A context manager: inside it the request holds its places. Raises OverloadedError on entering."""
+
+    def __init__(
+        self, context: RouterContext, exchange: Exchange, requests: Sequence[Request], sequences: Sequence[SequenceText]
+    ) -> None:
+        """`sequences[i]` is the text of `requests[i]`; its index is i."""
+        self._context = context
+        self._exchange = exchange
+        self._requests = requests
+        self.sequences = sequences
+        self._last_token_ns = [0] * len(requests)
+        self._places = ExitStack()
+        metrics = context.metrics
+        self._first_token_seconds = metrics.histogram("weft_time_to_first_token_seconds")
+        self._inter_token_seconds = metrics.histogram("weft_inter_token_seconds")
+
+    def __enter__(self) -> Self:
+        """Take the places."""
+        self._context.lifecycle.require_ready()
+        self._places.enter_context(self._context.admission.admit(len(self._requests)))
+        self._context.lifecycle.generation_started()
+        self._exchange.stage = "queue"
+        self._exchange.max_new_tokens = self._requests[0].stop.max_new_tokens
+        self._exchange.timings.queued_ns = self._context.clock.now_ns()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Give them back and note how it went."""
+        self._places.close()
+        self._context.lifecycle.generation_ended()
+        timings, exchange = self._exchange.timings, self._exchange
+        timings.finished_ns = self._context.clock.now_ns()
+        exchange.num_completion_tokens = sum(sequence.num_tokens for sequence in self.sequences)
+        exchange.finish_reason = self.sequences[0].finish_reason or ""
+        self._context.admission.observe_duration((timings.finished_ns - timings.queued_ns) / 1e9)
+
+    async def progress(self) -> AsyncGenerator[Progress, None]:
+        """(sequence, its new events) until every sequence has ended. Raises RequestError when any fails."""
+        if len(self._requests) == 1:
+            source = _follow(self._context.backend, self._requests[0], self.sequences[0])
+        else:
+            source = _merge(self._context.backend, self._requests, self.sequences)
+        async with aclosing(source) as batches:
+            async for sequence, batch in batches:
+                self._account(sequence.index, batch)
+                yield sequence, batch
+
+    def _account(self, index: int, batch: TokenBatch) -> None:
+        now_ns = self._context.clock.now_ns()
+        last_ns, self._last_token_ns[index] = self._last_token_ns[index], now_ns
+        if last_ns:
+            self._inter_token_seconds.observe((now_ns - last_ns) / 1e9 / len(batch), times=len(batch))
+            return
+        exchange, report = self._exchange, batch[0].prompt
+        if report is not None:
+            exchange.timings.queue_ns = max(exchange.timings.queue_ns, report.queue_ns)
+            exchange.num_cached_tokens += report.num_cached_tokens
+        if not exchange.timings.first_token_ns:
+            exchange.timings.first_token_ns = now_ns
+            exchange.stage = "decode"
+            self._first_token_seconds.observe((now_ns - exchange.timings.started_ns) / 1e9)
+
+
+def timing_headers(exchange: Exchange) -> RawHeaders:
+    """TGI's: whole milliseconds, and seconds as a decimal in x-compute-time."""
+    timings = exchange.timings
+    num_tokens = exchange.num_completion_tokens
+    milliseconds = {
+        b"x-total-time": timings.total_ns,
+        b"x-validation-time": timings.validation_ns,
+        b"x-queue-time": timings.queue_ns,
+        b"x-inference-time": timings.inference_ns,
+        b"x-time-per-token": timings.inference_ns // max(num_tokens, 1),
+    }
+    return [
+        (b"x-compute-time", b"%.9g" % (timings.total_ns / 1e9)),
+        *((name, b"%d" % (value // 1_000_000)) for name, value in milliseconds.items()),
+        (b"x-prompt-tokens", b"%d" % exchange.num_prompt_tokens),
+        (b"x-generated-tokens", b"%d" % num_tokens),
+    ]
+
+
+async def _follow(backend: Backend, request: Request, sequence: SequenceText) -> AsyncGenerator[Progress, None]:
+    async with aclosing(backend.generate(request)) as batches:
+        async for batch in batches:
+            yield sequence, batch
+            if sequence.finish_reason is not None:
+                return
+    raise IncompleteGenerationError("Incomplete generation")
+
+
+async def _merge(
+    backend: Backend, requests: Sequence[Request], sequences: Sequence[SequenceText]
+) -> AsyncGenerator[Progress, None]:
+    """Follows every request in a task of its own; the first failure ends all."""
+    arrived: asyncio.Queue[tuple[SequenceText, TokenBatch | RequestError]] = asyncio.Queue(maxsize=len(requests))
+
+    async def pump(request: Request, sequence: SequenceText) -> None:
+        try:
+            async with aclosing(backend.generate(request)) as batches:
+                async for batch in batches:
+                    await arrived.put((sequence, batch))
+            await arrived.put((sequence, IncompleteGenerationError("Incomplete generation")))
+        except RequestError as error:
+            await arrived.put((sequence, error))
+
+    pumps = {
+        sequence.index: asyncio.create_task(pump(request, sequence))
+        for request, sequence in zip(requests, sequences, strict=True)
+    }
+    try:
+        while pumps:
+            sequence, batch = await arrived.get()
+            if sequence.index not in pumps:
+                continue  # arrived while its sequence was being ended by a stop string
+            if isinstance(batch, RequestError):
+                raise batch
+            yield sequence, batch
+            if sequence.finish_reason is not None:
+                pumps.pop(sequence.index).cancel()
+    finally:
+        for task in pumps.values():
+            task.cancel()
+        await asyncio.gather(*pumps.values(), return_exceptions=True)

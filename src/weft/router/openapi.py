@@ -1,0 +1,135 @@
+"""The OpenAPI 3.1 document, made from the route table and the wire types, and the pages that show it."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from weft.errors import NotFoundError
+from weft.router.context import RouterContext
+from weft.router.error_replies import Dialect, dialect_of
+from weft.router.exchange import Exchange
+from weft.router.json_values import JsonValue
+from weft.router.pages import static_file
+from weft.router.routes import Access, Route
+from weft.router.schemas_native import ErrorResponse, NotReadyResponse
+from weft.router.schemas_openai import OpenAIError
+
+JsonObject = dict[str, JsonValue]
+
+_REFERENCE = "#/components/schemas/{name}"
+_CACHE = [(b"cache-control", b"no-cache")]
+_CONTENT_TYPES = {"docs.css": b"text/css; charset=utf-8", "docs.js": b"text/javascript; charset=utf-8"}
+_EVENT_STREAM = "text/event-stream"
+
+_ERRORS: Sequence[tuple[int, str]] = (
+    (400, "The body is no JSON, or a value is not allowed"),
+    (401, "The API key is missing or wrong"),
+    (404, "There is no such model"),
+    (408, "The body came too slowly"),
+    (413, "The body is larger than --payload-limit"),
+    (415, "The content type is not JSON"),
+    (422, "A field has the wrong type or a value that is not allowed"),
+    (424, "The engine could not finish this request"),
+    (429, "Every place is taken; Retry-After says when to come back"),
+    (500, "A bug, or numbers that the model could not compute"),
+    (503, "Loading, restarting or shutting down; Retry-After says when to come back"),
+)
+_NATIVE_ONLY = frozenset({422, 424})
+_ON_ALL_ROUTES = frozenset({401, 503})
+
+
+async def document(context: RouterContext, exchange: Exchange) -> None:
+    """GET /openapi.json."""
+    await exchange.reply(200, context.openapi, headers=_CACHE)
+
+
+async def docs(context: RouterContext, exchange: Exchange) -> None:
+    """GET /docs."""
+    del context
+    await exchange.reply(200, static_file("docs.html"), b"text/html; charset=utf-8", _CACHE)
+
+
+async def docs_file(context: RouterContext, exchange: Exchange) -> None:
+    """GET /docs/{name}: the two files the page needs."""
+    del context
+    name = exchange.path_params["name"]
+    if name not in _CONTENT_TYPES:
+        raise NotFoundError("There is no such file. See /docs")
+    await exchange.reply(200, static_file(name), _CONTENT_TYPES[name], _CACHE)
+
+
+def build_document(routes: Iterable[Route], version: str) -> bytes:
+    """The document, as JSON."""
+    shown = [route for route in routes if not route.is_hidden]
+    types: list[object] = [ErrorResponse, NotReadyResponse, OpenAIError]
+    for route in shown:
+        types += [kind for kind in (route.body, route.answer, route.event) if kind is not None]
+    schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
+    schema_of = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
+    paths: dict[str, JsonObject] = {}
+    for route in shown:
+        operation = _operation(route, schema_of)
+        paths.setdefault(route.path.replace(":path}", "}"), {})[route.method.lower()] = operation
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "Weft",
+                "version": version,
+                "description": "Text generation with the API of Text Generation Inference and that of OpenAI.",
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            "paths": paths,
+            "components": {
+                "schemas": components,
+                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            },
+            "tags": [{"name": name} for name in ("OpenAI", "TGI", "Operations")],
+        }
+    )
+
+
+def _operation(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
+    operation: JsonObject = {
+        "summary": route.summary,
+        "tags": [route.tag],
+        "operationId": _operation_id(route),
+        "responses": _responses(route, schema_of),
+        # The empty object: a server without a key asks for none.
+        "security": [{}, {"key": []}] if route.access is Access.USER else [{}],
+    }
+    if "{" in route.path:
+        name = route.path.partition("{")[2].partition(":")[0].rstrip("}")
+        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
+    if route.body is not None:
+        media: JsonObject = {"schema": schema_of[repr(route.body)]}
+        if route.example is not None:
+            media["example"] = dict(route.example)
+        operation["requestBody"] = {"required": True, "content": {"application/json": media}}
+    return operation
+
+
+def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
+    content: JsonObject = {}
+    if route.answer is not None:
+        content[route.answer_type] = {"schema": schema_of[repr(route.answer)]}
+    elif route.answer_type and route.answer_type != _EVENT_STREAM:
+        content[route.answer_type] = {"schema": {"type": "string"}}
+    if route.event is not None:
+        content[_EVENT_STREAM] = {"schema": schema_of[repr(route.event)]}
+    answer: JsonObject = {"description": "Success"}
+    if content:
+        answer["content"] = content
+    responses: JsonObject = {"200": answer}
+    is_openai = dialect_of(route.path) is Dialect.OPENAI
+    error_schema = schema_of[repr(OpenAIError if is_openai else ErrorResponse)]
+    for status, text in _ERRORS:
+        if status not in _ON_ALL_ROUTES and (route.body is None or (is_openai and status in _NATIVE_ONLY)):
+            continue
+        responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error_schema}}}
+    return responses
+
+
+def _operation_id(route: Route) -> str:
+    words = route.path.replace("{", "").replace("}", "").replace(":path", "").replace(".", "_").strip("/")
+    return "_".join((route.method.lower(), *filter(None, words.replace("/", "_").split("_"))))

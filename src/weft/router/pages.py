@@ -1,0 +1,28 @@
+"""HTML for people: a small page at / and the documentation at /docs. Everything comes from this package."""
+
+import html
+from functools import cache
+from importlib import resources
+from string import Template
+
+from weft.router.context import RouterContext
+
+
+@cache
+def static_file(name: str) -> bytes:
+    """A file of `router/static`."""
+    return resources.files("weft.router").joinpath("static", name).read_bytes()
+
+
+def landing_page(context: RouterContext) -> bytes:
+    """What is served here, or how far the start has come."""
+    progress = context.lifecycle.progress
+    template = Template(static_file("landing.html").decode())
+    return template.substitute(
+        model=html.escape(context.settings.shown_model_name),
+        version=html.escape(context.version),
+        state=html.escape(progress.state),
+        phase=html.escape(progress.phase),
+        percent=progress.percent,
+        message=html.escape(progress.message),
+    ).encode()

@@ -1,0 +1,183 @@
+"""Server-sent events: frames as bytes, a slow reader's limit, and exactly one end.
+
+A stream is written by the task that answers the request; nothing is created per token. One watch per process looks
+at all streams once a second: it sends a comment on those that are silent and ends those whose reader has stopped.
+
+Source: WHATWG HTML, server-sent events; RELIABILITY R02
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Self
+
+import msgspec
+from starlette.types import Message, Send
+
+from weft.core.clock import Clock
+from weft.errors import ClientGoneError, RequestError
+from weft.limits import LIMITS
+from weft.router.exchange import Exchange
+from weft.telemetry.metrics import Registry
+
+DONE_FRAME = b"data: [DONE]\n\n"
+_COMMENT_FRAME = b":\n\n"
+_KEEP_ALIVE_NS = 15_000_000_000
+_WATCH_INTERVAL_S = 1.0
+
+_HEADERS = (
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+encode_json = msgspec.json.Encoder().encode
+
+
+def frame(value: object) -> bytes:
+    """One event."""
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+class EventStream:
+    """One open stream. `open` it when the first event exists, so that earlier failures have a status of their own."""
+
+    def __init__(self, exchange: Exchange, watch: "StreamWatch", end_frames: Callable[[RequestError], bytes]) -> None:
+        """`end_frames` says a failure in the dialect of the route."""
+        self._exchange = exchange
+        self._watch = watch
+        self._clock = watch.clock
+        self._send: Send = exchange.send
+        self._end_frames = end_frames
+        self._task = asyncio.current_task()
+        self._message: Message = {"type": "http.response.body", "body": b"", "more_body": True}
+        self.writing_since_ns = 0
+        """0 while nothing is being written."""
+        self.last_write_ns = 0
+        self._is_stalled = False
+
+    def __enter__(self) -> Self:
+        """Nothing happens before `open`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However the block is left, the watch forgets the stream."""
+        self._watch.remove(self)
+
+    async def open(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send the status line; from here on a failure is an event."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *headers]})
+        self._exchange.end_stream = self.fail
+        self._watch.add(self)
+
+    async def write(self, frames: bytes) -> None:
+        """Send frames. Raises ClientGoneError when the reader has taken nothing for too long."""
+        self.writing_since_ns = self._clock.now_ns()
+        try:
+            await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+        except asyncio.CancelledError:
+            if not self._is_stalled or self._task is None:
+                raise
+            self._task.uncancel()
+            raise ClientGoneError("The client stopped reading its stream") from None
+        self.last_write_ns, self.writing_since_ns = self.writing_since_ns, 0
+
+    async def close(self, frames: bytes = b"") -> None:
+        """Send the last frames and end the stream."""
+        self._watch.remove(self)
+        self._exchange.end_stream = None
+        self._exchange.is_complete = True
+        await self._send({"type": "http.response.body", "body": frames, "more_body": False})
+
+    async def fail(self, error: RequestError) -> None:
+        """End the stream by saying why, unless its reader does not even take that."""
+        try:
+            async with asyncio.timeout(LIMITS.stream_stall_timeout_s):
+                await self.close(self._end_frames(error))
+        except TimeoutError:
+            self._exchange.abort_connection()
+
+    def end_stalled(self) -> None:
+        """Called by the watch: stop waiting for the reader."""
+        if self._task is not None and not self._is_stalled:
+            self._is_stalled = True
+            self._task.cancel()
+
+    async def keep_alive(self) -> None:
+        """Called by the watch: a comment, so that proxies do not close a silent connection."""
+        await self._send({"type": "http.response.body", "body": _COMMENT_FRAME, "more_body": True})
+
+
+class StreamWatch:
+    """Looks at every open stream once a second. Its task lives while there are streams."""
+
+    def __init__(self, clock: Clock, metrics: Registry) -> None:
+        self.clock = clock
+        self._streams: set[EventStream] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._comments: set[asyncio.Task[None]] = set()
+        self._num_open = metrics.gauge("weft_streams_open")
+        self._num_stalled = metrics.counter("weft_stream_stalled")
+
+    def add(self, stream: EventStream) -> None:
+        """Begin to look at a stream."""
+        stream.last_write_ns = self.clock.now_ns()
+        self._streams.add(stream)
+        self._num_open.set(len(self._streams))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="stream-watch")
+
+    def remove(self, stream: EventStream) -> None:
+        """A stream has ended."""
+        self._streams.discard(stream)
+        self._num_open.set(len(self._streams))
+
+    def look(self) -> None:
+        """Look at every stream once."""
+        now_ns = self.clock.now_ns()
+        stall_ns = int(LIMITS.stream_stall_timeout_s * 1e9)
+        for stream in tuple(self._streams):
+            if stream.writing_since_ns:
+                if now_ns - stream.writing_since_ns > stall_ns:
+                    self._num_stalled.add(1)
+                    self.remove(stream)
+                    stream.end_stalled()
+            elif now_ns - stream.last_write_ns > _KEEP_ALIVE_NS:
+                stream.last_write_ns = now_ns
+                comment = asyncio.create_task(stream.keep_alive())
+                self._comments.add(comment)
+                comment.add_done_callback(self._comments.discard)
+
+    async def _run(self) -> None:
+        while self._streams:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            self.look()
+
+
+class ClientWatch:
+    """Inside this block the client's leaving cancels the task at whatever it waits for; it becomes ClientGoneError."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._is_gone = False
+        self._task: asyncio.Task[object] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        """Begin to listen."""
+        self._task = asyncio.current_task()
+        self._watcher = asyncio.create_task(self._wait_for_disconnect(), name="client-watch")
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        """Stop listening."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._is_gone and kind is asyncio.CancelledError and self._task is not None:
+            self._task.uncancel()
+            raise ClientGoneError("The client left") from None
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self._exchange.receive())["type"] != "http.disconnect":
+            pass
+        if not self._exchange.is_complete and self._task is not None:
+            self._is_gone = True
+            self._task.cancel()
