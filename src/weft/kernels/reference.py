@@ -195,15 +195,15 @@ def greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     best = logits.amax(dim=-1)
     # `argmax` promises no order among equals.
     ids = (logits == best[:, None]).to(torch.int8).argmax(dim=-1)
-    logprobs = best - torch.logsumexp(logits, dim=-1)
+    logprobs = token_logprobs(logits, ids)
     broken = ~torch.isfinite(best)
     return ids.masked_fill(broken, -1), logprobs.masked_fill(broken, float("nan"))
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Log-softmax at the given ids."""
-    chosen = logits.gather(1, ids.long()[:, None])[:, 0]
-    return chosen - torch.logsumexp(logits, dim=-1)
+    # Not logsumexp: it splits the sum of a lone row among threads, so that the row's bits would depend on the batch.
+    return torch.log_softmax(logits, dim=-1).gather(1, ids.long()[:, None])[:, 0]
 
 
 def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
