@@ -99,7 +99,7 @@ class _Event(msgspec.Struct):
     token: _NativeToken | None = None
     generated_text: str | None = None
     details: _NativeDetails | None = None
-    error: msgspec.Raw | None = None
+    error: object = None
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
