@@ -6,6 +6,7 @@ import torch
 from weft.core.plan import TopTokens
 from weft.kernels import ops
 from weft.limits import LIMITS
+from weft.runner.sampling.largest import largest
 
 PROMPT_LOGPROB_BYTES = 64 * 1024 * 1024
 """Most memory that the logits of prompt tokens may take at a time; part of the activation budget."""
@@ -24,7 +25,7 @@ def top_tokens(scores: torch.Tensor, wanted: list[int]) -> list[TopTokens]:
     Source  TGI 3.3.7, `batch_top_tokens`
     """
     num_candidates = min(scores.shape[1], max(wanted) + MAX_TIED_TOP_TOKENS)
-    values, ids = torch.topk(scores, num_candidates, dim=-1)
+    values, ids = largest(scores, num_candidates)
     best_logprobs = ops.greedy(scores)[1]
     # Both devices and hosts agree on differences to the best score: no second pass over the vocabulary.
     logprobs = best_logprobs[:, None] + (values - values[:, :1])

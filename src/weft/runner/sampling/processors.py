@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 
 from weft.kernels import ops
+from weft.runner.sampling.largest import largest
 
 _MAX_SCORE = torch.finfo(torch.float32).max
 _MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
-_FIRST_CANDIDATES = 1024
-"""A nucleus is looked for among this many best tokens before the whole vocabulary is sorted (20 times dearer)."""
+_CANDIDATES = (64, 1024)
+"""A nucleus is looked for among so many best tokens before the whole vocabulary is sorted, which is 50 times dearer."""
 
 
 def add_watermark(scores: torch.Tensor, is_green: torch.Tensor, delta: float) -> None:
@@ -71,8 +72,7 @@ def scale_by_temperature(scores: torch.Tensor, temperatures: torch.Tensor) -> No
 
 def keep_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> None:
     """Keep scores not below the k-th best: ties at the last place stay. Shapes: top_k [R] int64, 1 ≤ k ≤ V."""
-    largest = int(top_k.max())
-    best = torch.topk(scores, largest, dim=-1).values
+    best, _ = largest(scores, int(top_k.max()))
     threshold = best.gather(1, top_k[:, None] - 1)
     scores.masked_fill_(scores < threshold, -torch.inf)
 
@@ -88,15 +88,17 @@ def keep_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> None:
     def probabilities(rows: torch.Tensor, values: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
         return torch.exp((values - values[:, :1]).double() + best_logprobs[rows, None].double())
 
-    last_kept, num_kept = _nucleus(scores, top_p, probabilities)
-    is_kept = scores >= last_kept[:, None]
-    num_above = is_kept.sum(dim=-1)
-    tied_rows = torch.nonzero(num_above > num_kept).flatten()
-    if len(tied_rows):
-        is_tied = scores[tied_rows] == last_kept[tied_rows, None]
-        num_kept_ties = num_kept[tied_rows] - num_above[tied_rows] + is_tied.sum(dim=-1)
-        is_kept[tied_rows] &= ~(is_tied & (is_tied.cumsum(dim=-1) > num_kept_ties[:, None]))
-    scores.masked_fill_(~is_kept, -torch.inf)
+    last_kept, num_kept, is_tied = _nucleus(scores, top_p, probabilities)
+    for row in torch.nonzero(is_tied).flatten().tolist():
+        _drop_ties(scores[row], last_kept[row], num_kept[row])
+    scores.masked_fill_(scores < last_kept[:, None], -torch.inf)
+
+
+def _drop_ties(scores: torch.Tensor, last_kept: torch.Tensor, num_kept: torch.Tensor) -> None:
+    """Of the tokens that tie for the last place, [V], leave those with the smallest ids, `num_kept` in all."""
+    ties = torch.nonzero(scores == last_kept).flatten()
+    num_above = (scores > last_kept).sum()
+    scores[ties[num_kept - num_above :]] = -torch.inf
 
 
 def keep_typical(scores: torch.Tensor, typical_p: torch.Tensor) -> None:
@@ -115,7 +117,7 @@ def keep_typical(scores: torch.Tensor, typical_p: torch.Tensor) -> None:
     def probabilities_of(rows: torch.Tensor, _values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return probabilities[rows].gather(1, ids).double()
 
-    last_kept, _ = _nucleus(nearness, typical_p, probabilities_of)
+    last_kept, _, _ = _nucleus(nearness, typical_p, probabilities_of)
     scores.masked_fill_(nearness < last_kept[:, None], -torch.inf)
 
 
@@ -133,29 +135,31 @@ _ProbabilitiesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Te
 
 def _nucleus(
     keys: torch.Tensor, mass: torch.Tensor, probabilities_of: _ProbabilitiesOf
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key of the last token, by falling key, that is needed to reach a probability mass; and how many are needed.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """By falling key, the tokens that are needed to reach a probability mass.
 
-    Shapes  keys [R, V], mass [R] → keys [R], counts [R] int64, at least 1
+    Shapes  keys [R, V], mass [R] → key of the last one [R], how many [R] int64 (at least 1), whether others, not
+            needed, have the key of the last one [R] bool
     """
     num_rows, vocab_size = keys.shape
-    rows = torch.arange(num_rows, device=keys.device)
     last_kept = torch.empty_like(keys[:, 0])
     num_kept = torch.empty(num_rows, dtype=torch.int64, device=keys.device)
-    num_candidates = min(vocab_size, _FIRST_CANDIDATES)
-    while len(rows):
-        values, ids = torch.topk(keys if len(rows) == num_rows else keys[rows], num_candidates, dim=-1)
+    is_tied = torch.empty(num_rows, dtype=torch.bool, device=keys.device)
+    rows = torch.arange(num_rows, device=keys.device)
+    for num_candidates in (*(n for n in _CANDIDATES if n < vocab_size), vocab_size):
+        values, ids = largest(keys if len(rows) == num_rows else keys[rows], num_candidates)
         probabilities = probabilities_of(rows, values, ids)
         # A token is needed when those before it do not reach the mass; the sum runs in float64, in order of rank.
         before = probabilities.cumsum(dim=-1) - probabilities
         needed = (before < mass[rows, None].double()).sum(dim=-1).clamp_(min=1)
         last_kept[rows] = values.gather(1, needed[:, None] - 1)[:, 0]
         num_kept[rows] = needed
-        if num_candidates == vocab_size:
-            break
+        next_values = values.gather(1, needed.clamp(max=num_candidates - 1)[:, None])[:, 0]
+        is_tied[rows] = (needed < num_candidates) & (next_values == last_kept[rows])
         rows = rows[needed == num_candidates]
-        num_candidates = vocab_size
-    return last_kept, num_kept
+        if len(rows) == 0:
+            break
+    return last_kept, num_kept, is_tied
 
 
 def _row_sum(x: torch.Tensor) -> torch.Tensor:
