@@ -76,7 +76,7 @@ def linear(
     if residual is not None:
         expected = (x.shape[0], packed.out_features)
         _require(residual.shape == expected, "residual", f"be {list(expected)}", residual)
-    y: torch.Tensor = _find("linear", x, layout=packed.layout)(x, packed, out_dtype, residual)
+    y: torch.Tensor = _find_reader("linear", packed)(x, packed, out_dtype, residual)
     return y
 
 
@@ -85,7 +85,7 @@ def embedding(token_ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
     Shapes  token_ids `[T]` int32 or int64, weight `[V, E]` → `[T, E]`
     """
-    rows: torch.Tensor = _find("embedding", packed.data, packed.dtype, layout=packed.layout)(token_ids, packed)
+    rows: torch.Tensor = _find_reader("embedding", packed)(token_ids, packed)
     return rows
 
 
@@ -139,7 +139,7 @@ def rotary_and_store(
     _require_index("positions", positions)
     _require_index("kv_slots", kv_slots)
     _require_pool(q, keys, values)
-    _find("rotary_and_store", q, head_size=q.shape[2])(q, k, v, cos_sin, positions, kv_slots, keys, values)
+    _find("rotary_and_store", q, keys)(q, k, v, cos_sin, positions, kv_slots, keys, values)
 
 
 def paged_attention(  # noqa: PLR0913, PLR0917 - one attention operation for every phase
@@ -173,7 +173,7 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - one attention operation for eve
     _require_index("block_tables", block_tables)
     _require_index("query_starts", query_starts)
     _require_index("context_lens", context_lens)
-    attended: torch.Tensor = _find("paged_attention", q, head_size=q.shape[2])(
+    attended: torch.Tensor = _find("paged_attention", q, keys)(
         q,
         keys,
         values,
@@ -243,10 +243,14 @@ def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
     return ids
 
 
-def _find(
-    operation: str, x: torch.Tensor, dtype: torch.dtype | None = None, *, head_size: int = 0, layout: str = ""
-) -> Callable[..., Any]:
-    return find(operation, Case(x.device.type, dtype or x.dtype, head_size, layout)).function
+def _find(operation: str, x: torch.Tensor, pool: torch.Tensor | None = None) -> Callable[..., Any]:
+    head_size, block_size = (0, 0) if pool is None else (pool.shape[3], pool.shape[2])
+    return find(operation, Case(x.device.type, x.dtype, head_size, block_size)).function
+
+
+def _find_reader(operation: str, packed: PackedLinear) -> Callable[..., Any]:
+    case = Case(packed.data.device.type, packed.dtype, layout=packed.layout)
+    return find(operation, case).function
 
 
 def _require(condition: bool, name: str, rule: str, given: torch.Tensor) -> None:  # noqa: FBT001

@@ -1,18 +1,23 @@
 """Which implementation runs an operation: a table of rows, each with a condition and a priority.
 
 A new kernel is a row here. The row with the largest priority whose condition holds is used; the reference, which
-has no condition, is the last row of every operation.
+computes everything everywhere, is the last row of every operation.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
-from weft.kernels import reference
+from weft.kernels import onednn, reference
+from weft.kernels.cpu import library as cpu_library
+from weft.kernels.cpu import operations as cpu_operations
+
+MAX_HEAD_SIZE = 1024
+"""Of the compiled attention; models use 64 to 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +29,10 @@ class Case:
     dtype: torch.dtype
     head_size: int = 0
     """D of attention and rotary operations, otherwise 0."""
+    block_size: int = 0
+    """B of attention and rotary operations, otherwise 0."""
     layout: str = ""
-    """Of the packed weight, for operations that read one; decides before any priority."""
+    """Of the packed weight, for operations that read one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +47,7 @@ class Implementation:
     is_batch_invariant: bool
 
 
-REFERENCE_NAMES = (
+OPERATIONS = (
     "pack_linear",
     "linear",
     "embedding",
@@ -54,17 +61,70 @@ REFERENCE_NAMES = (
     "race",
 )
 
+
+def _reads_rows(case: Case) -> bool:
+    return case.layout in {"", "rows"}
+
+
+def _compiled_supports(case: Case) -> bool:
+    return (
+        case.device == "cpu"
+        and case.dtype in cpu_operations.DTYPES
+        and case.layout in {"", "panels"}
+        and case.head_size % 8 == 0
+        and case.head_size <= MAX_HEAD_SIZE
+        and case.block_size % 8 == 0
+    )
+
+
+def _onednn_supports(case: Case) -> bool:
+    is_bfloat16 = case.device == "cpu" and case.dtype == torch.bfloat16
+    return is_bfloat16 and case.layout in {"", "onednn"} and onednn.is_available()
+
+
 REFERENCE_ROWS = tuple(
     Implementation(
         operation=name,
         name="reference",
         function=getattr(reference, name),
         priority=0,
-        supports=lambda _: True,
+        supports=_reads_rows,
         is_batch_invariant=False,
     )
-    for name in REFERENCE_NAMES
+    for name in OPERATIONS
 )
+
+ONEDNN_ROWS = tuple(
+    Implementation(
+        operation=name,
+        name="onednn",
+        function=getattr(onednn, name),
+        priority=10,
+        supports=_onednn_supports,
+        is_batch_invariant=False,
+    )
+    for name in ("pack_linear", "linear")
+)
+
+COMPILED_ROWS = tuple(
+    Implementation(
+        operation=name,
+        name="compiled",
+        function=getattr(cpu_operations, name),
+        priority=20,
+        supports=_compiled_supports,
+        # One fixed order of additions per element, whatever else is in the batch: see kernels.h.
+        is_batch_invariant=True,
+    )
+    for name in OPERATIONS
+)
+
+
+@cache
+def _rows() -> tuple[Implementation, ...]:
+    """Rows that this machine can run. The first call looks for the compiled kernels, and may compile them."""
+    compiled = () if cpu_library.load().library is None else COMPILED_ROWS
+    return REFERENCE_ROWS + ONEDNN_ROWS + compiled
 
 
 class _Choice:
@@ -89,12 +149,13 @@ class Forced:
 
 
 def force(name: str | None) -> Forced:
-    """Uses only the named kernel set from now on: `reference`, or None for the best available.
+    """Uses only the named kernel set from now on: one of `kernel_sets()`, or None for the best available.
 
-    Works at once and lasts; `with force("reference"): …` puts the previous choice back. Raises ValueError.
+    Works at once and lasts; `with force("reference"): …` puts the previous choice back. Weights packed before keep
+    the implementation that reads their layout. Raises ValueError for a set that this machine does not have.
     """
-    if name not in kernel_sets() and name is not None:
-        raise ValueError(f"`kernels` must be one of {', '.join(kernel_sets())}. Given: {name}")
+    if name is not None and name not in kernel_sets():
+        raise ValueError(f"the kernel set must be one of {', '.join(kernel_sets())} on this machine. Given: {name}")
     previous = _Choice.forced
     _set_forced(name)
     return Forced(previous)
@@ -103,37 +164,58 @@ def force(name: str | None) -> Forced:
 def _set_forced(name: str | None) -> None:
     _Choice.forced = name
     find.cache_clear()
+    library = cpu_library.load().library
+    if library is not None:
+        library.weft_select(name.encode() if name in cpu_library.INSTRUCTION_SETS else None)
 
 
+@cache
 def kernel_sets() -> tuple[str, ...]:
     """Names that `force` accepts on this machine."""
-    return ("reference",)
+    return ("reference", *cpu_library.supported_instruction_sets())
 
 
 @lru_cache(maxsize=256)
 def find(operation: str, case: Case) -> Implementation:
-    """The row that runs `operation` in this case."""
+    """The row that runs `operation` in this case. Raises ValueError when none does."""
     rows = [row for row in _rows() if row.operation == operation and row.supports(case)]
+    if _Choice.forced == "reference":
+        rows = [row for row in rows if row.name == "reference"] or rows
+    if not rows:
+        raise ValueError(f"no implementation of {operation} for {case}")
     return max(rows, key=lambda row: row.priority)
 
 
-def _rows() -> tuple[Implementation, ...]:
-    return REFERENCE_ROWS
-
-
 def kernel_set(device: str = "cpu") -> str:
-    """One line for the start-up banner."""
-    return f"{device}: torch {torch.__version__}"
+    """One line for the start-up banner, for example `cpu: avx512-bf16 (gcc 12.2.0)`."""
+    if device != "cpu" or _Choice.forced == "reference":
+        return f"{device}: torch {torch.__version__}"
+    library = cpu_library.load().library
+    if library is None:
+        return f"{device}: torch {torch.__version__} ({notice()})"
+    return f"{device}: {library.weft_selected().decode()} ({library.weft_compiler().decode()})"
+
+
+def notice() -> str:
+    """Why the compiled kernels are not in use, in one line; empty when they are."""
+    return cpu_library.load().notice
 
 
 def is_batch_invariant(dtype: torch.dtype, device: str = "cpu") -> bool:
     """Whether every operation gives a row the same bits whatever else is computed with it."""
-    case = Case(device=device, dtype=dtype, head_size=64)
-    return all(find(name, case).is_batch_invariant for name in REFERENCE_NAMES)
+    case = Case(device=device, dtype=dtype, head_size=64, block_size=32)
+    return all(find(name, case).is_batch_invariant for name in OPERATIONS)
 
 
 def set_threads(num_threads: int) -> None:
-    """Threads that CPU operations use, the calling one included. Results do not depend on it. Raises ValueError."""
+    """Threads that CPU operations use, the calling one included. Results do not depend on it. Raises ValueError.
+
+    With compiled kernels torch keeps one thread: its OpenMP threads spin after each operation, on the very cores that
+    ours need for the next one.
+    """
     if num_threads < 1:
         raise ValueError(f"`num_threads` must be >= 1. Given: {num_threads}")
-    torch.set_num_threads(num_threads)
+    library = cpu_library.load().library
+    torch.set_num_threads(num_threads if library is None else 1)
+    if library is not None:
+        library.weft_set_threads(num_threads)

@@ -1,0 +1,182 @@
+"""Compiles the C++ kernels into one shared library. Standard library only: `setup.py` runs this file before torch,
+or anything else, is installed.
+
+    python -m weft.kernels.cpu.build                       # next to the sources
+    python -m weft.kernels.cpu.build --sanitize address    # also: undefined, thread
+    python -m weft.kernels.cpu.build --output-dir DIR --compiler clang++
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE_DIR = Path(__file__).parent
+COMPILERS = ("g++", "clang++", "c++")
+SANITIZERS = ("address", "undefined", "thread")
+
+# No -ffast-math: sums keep the order written, NaN stays NaN. No contraction: `a * b + c` is two roundings everywhere
+# and one where `fma` is written, whatever the compiler. Undefined-value warnings are off because GCC 12 raises
+# hundreds about its own AVX-512 headers.
+COMMON_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+    "-pthread",
+)
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+UNITS = {
+    "thread_pool.cpp": (),
+    "operations.cpp": (),
+    "interface.cpp": (),
+    "kernels_avx2.cpp": _AVX2,
+    "kernels_avx512.cpp": _AVX512,
+    "kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
+}
+"""Translation unit → flags of its instruction set. The first three run everywhere."""
+
+
+class BuildError(Exception):
+    """The library cannot be built here; the message is one line that says why and what would help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What may differ between two builds of the same sources."""
+
+    compiler: str = ""
+    """Empty: the first of `COMPILERS` that is installed."""
+    sanitizer: str = ""
+    """Empty, or one of `SANITIZERS`."""
+
+    def flags(self) -> tuple[str, ...]:
+        """Flags of every translation unit."""
+        if not self.sanitizer:
+            return COMMON_FLAGS
+        return (*COMMON_FLAGS, f"-fsanitize={self.sanitizer}", "-fno-omit-frame-pointer", "-g", "-O1")
+
+
+def source_hash(options: BuildOptions | None = None) -> str:
+    """Name of what a build would contain: sources and flags, not the compiler."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCE_DIR.iterdir()):
+        if path.suffix in {".cpp", ".h", ".inl"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(repr((UNITS, (options or BuildOptions()).flags())).encode())
+    return digest.hexdigest()[:16]
+
+
+def library_name(options: BuildOptions | None = None) -> str:
+    """File name of the library; a change of the sources changes it."""
+    sanitizer = f"-{options.sanitizer}" if options and options.sanitizer else ""
+    return f"libweft_cpu{sanitizer}-{source_hash(options)}.so"
+
+
+def find_compiler(options: BuildOptions) -> str:
+    """Path of the compiler. Raises BuildError when there is none for this machine."""
+    machine = platform.machine().lower()
+    if machine not in {"x86_64", "amd64"} or sys.platform != "linux":
+        raise BuildError(f"C++ kernels exist for x86-64 Linux, this is {machine} {sys.platform}")
+    names = (options.compiler,) if options.compiler else COMPILERS
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(
+        f"no C++ compiler found (tried {', '.join(names)}): install g++ 12 or newer, or clang++ 14 or newer"
+    )
+
+
+def build(output_dir: Path, options: BuildOptions | None = None) -> Path:
+    """The library in `output_dir`, compiled unless it is already there.
+
+    Concurrent builds wait for one another. Raises BuildError.
+    """
+    options = options or BuildOptions()
+    library = output_dir / library_name(options)
+    if library.exists():
+        return library
+    compiler = find_compiler(options)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _build_lock(output_dir):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=output_dir, prefix=".build-") as scratch:
+                finished = _compile(compiler, Path(scratch), options)
+                finished.replace(library)
+            _remove_stale(library)
+    return library
+
+
+def _compile(compiler: str, scratch: Path, options: BuildOptions) -> Path:
+    define = f'-DWEFT_SOURCE_HASH="{source_hash(options)}"'
+
+    def compile_unit(unit: str) -> Path:
+        target = scratch / f"{unit}.o"
+        _run([compiler, *options.flags(), *UNITS[unit], define, "-c", str(SOURCE_DIR / unit), "-o", str(target)])
+        return target
+
+    # The largest unit first, so that it does not run alone at the end.
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        objects = list(pool.map(compile_unit, reversed(UNITS)))
+    library = scratch / "library.so"
+    _run([compiler, *options.flags(), "-shared", *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    # The command is ours: compiler path, fixed flags, files of this folder.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise BuildError(f"{Path(command[0]).name} failed: {first}")
+
+
+@contextmanager
+def _build_lock(directory: Path) -> Iterator[None]:
+    import fcntl
+
+    with (directory / ".libweft_cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_stale(library: Path) -> None:
+    prefix = library.name.rsplit("-", 1)[0]
+    for other in library.parent.glob(f"{prefix}-????????????????.so"):
+        if other != library:
+            other.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Entry point of `python -m weft.kernels.cpu.build`."""
+    parser = argparse.ArgumentParser(description="Compile the CPU kernels.")
+    parser.add_argument("--output-dir", type=Path, default=SOURCE_DIR, help="default: next to the sources")
+    parser.add_argument("--compiler", default="", help=f"default: the first of {', '.join(COMPILERS)}")
+    parser.add_argument("--sanitize", default="", choices=("", *SANITIZERS))
+    arguments = parser.parse_args()
+    try:
+        library = build(arguments.output_dir, BuildOptions(compiler=arguments.compiler, sanitizer=arguments.sanitize))
+    except BuildError as error:
+        sys.exit(f"weft: CPU kernels not built: {error}")
+    print(library)  # noqa: T201 - a command
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1004 @@
+// Every kernel, written once over the vocabulary of vector_*.h and compiled once per instruction set.
+//
+// The including file includes a vector header before and names the table that is defined at the end. Nothing from the C++ standard library is instantiated here, see vector_avx512.h. Multiplications and additions are
+// never contracted by the compiler (-ffp-contract=off): where one rounding is meant, `fma` is written.
+
+#include "kernels.h"
+
+namespace weft {
+namespace {
+
+constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int kVectorsPerPanel = kPanelColumns / kLanes;
+
+WEFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+WEFT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+WEFT_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// ---- Elementary functions -------------------------------------------------------------------------------------
+
+// 2^x, relative error below 2·10⁻⁷; exactly 1 at 0, 0 at -inf, NaN at NaN.
+// Polynomial: Taylor series of 2^f = e^(f ln 2) on [-½, ½] up to f⁶; the first term left out is below 7·10⁻⁸… of 1.
+WEFT_INLINE Floats exp2(Floats x) {
+  const Floats bounded = max(set(-200.0f), x);
+  const Floats whole = round_to_integer(bounded);
+  const Floats f = subtract(bounded, whole);
+  Floats y = set(1.5403530e-4f);
+  y = fma(y, f, set(1.3333558e-3f));
+  y = fma(y, f, set(9.6181291e-3f));
+  y = fma(y, f, set(5.5504109e-2f));
+  y = fma(y, f, set(2.4022651e-1f));
+  y = fma(y, f, set(6.9314718e-1f));
+  y = fma(y, f, set(1.0f));
+  return scale_by_power(y, whole);
+}
+
+// e^x with the argument reduced in two steps, so that large |x| loses nothing.
+WEFT_INLINE Floats exp(Floats x) {
+  const Floats bounded = max(set(-140.0f), min(set(140.0f), x));
+  const Floats whole = round_to_integer(multiply(bounded, set(1.44269504f)));
+  Floats r = fma(whole, set(-0.693359375f), bounded);
+  r = fma(whole, set(2.12194440e-4f), r);
+  Floats y = set(1.3888889e-3f);
+  y = fma(y, r, set(8.3333333e-3f));
+  y = fma(y, r, set(4.1666667e-2f));
+  y = fma(y, r, set(1.6666667e-1f));
+  y = fma(y, r, set(0.5f));
+  y = fma(y, r, set(1.0f));
+  y = fma(y, r, set(1.0f));
+  return scale_by_power(y, whole);
+}
+
+WEFT_INLINE Floats sigmoid(Floats x) { return divide(set(1.0f), add(set(1.0f), exp(subtract(zero(), x)))); }
+
+// 1 - 2 / (e^2x + 1): absolute error about 10⁻⁷, all that a capped score needs.
+WEFT_INLINE Floats tanh(Floats x) {
+  const Floats doubled = exp(add(x, x));
+  return subtract(set(1.0f), divide(set(2.0f), add(doubled, set(1.0f))));
+}
+
+// ln x for normal x > 0, absolute error below 10⁻⁵: enough to find the few candidates that are then computed exactly.
+WEFT_INLINE Floats coarse_log(Floats x) {
+  const Floats exponent = exponent_of(x);
+  const Floats m = mantissa_of(x);
+  // atanh series: ln m = 2 (z + z³/3 + z⁵/5 + …), z = (m - √2) / (m + √2), shifted by ln √2.
+  const Floats z = divide(subtract(m, set(1.41421356f)), add(m, set(1.41421356f)));
+  const Floats zz = multiply(z, z);
+  Floats series = fma(zz, set(0.2857143f), set(0.4f));
+  series = fma(series, zz, set(0.6666667f));
+  series = fma(series, zz, set(2.0f));
+  return fma(exponent, set(0.69314718f), fma(series, z, set(0.34657359f)));
+}
+
+// ---- Typed rows -----------------------------------------------------------------------------------------------
+
+template <typename Element>
+WEFT_INLINE Floats load_up_to(const Element* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_first(p, count);
+}
+template <typename Element>
+WEFT_INLINE void store_up_to(Element* p, Floats x, int64_t count) {
+  if (count >= kLanes) {
+    store(p, x);
+  } else {
+    store_first(p, x, count);
+  }
+}
+
+template <typename From, typename To>
+void convert_elements(const From* x, To* out, int64_t width) {
+  for (int64_t i = 0; i < width; i += kLanes) store_up_to(out + i, load_up_to(x + i, width - i), width - i);
+}
+
+void convert_row(const void* x, DataType from, void* out, DataType to, int64_t width) {
+  if (from == kFloat32) {
+    const float* source = static_cast<const float*>(x);
+    if (to == kFloat32) convert_elements(source, static_cast<float*>(out), width);
+    if (to == kBfloat16) convert_elements(source, static_cast<uint16_t*>(out), width);
+  } else {
+    const uint16_t* source = static_cast<const uint16_t*>(x);
+    if (to == kFloat32) convert_elements(source, static_cast<float*>(out), width);
+    if (to == kBfloat16) __builtin_memcpy(out, x, width * 2);
+  }
+}
+
+// ---- Matrix products ------------------------------------------------------------------------------------------
+
+// How one step of a sum is done. A step reads one vector of words from the panel and one element (or pair of
+// elements) of x.
+struct FloatDot {
+  static constexpr int kBytesOfX = 4;
+  WEFT_INLINE Floats step(Floats sum, const uint8_t* x, Words w) {
+    return fma(broadcast(reinterpret_cast<const float*>(x)), (Floats)w, sum);
+  }
+};
+
+// bfloat16 weights and float32 x: two roundings per step, first the even input, then the odd one.
+struct WidenedDot {
+  static constexpr int kBytesOfX = 8;
+  WEFT_INLINE Floats step(Floats sum, const uint8_t* x, Words w) {
+    const float* pair = reinterpret_cast<const float*>(x);
+    return fma(broadcast(pair + 1), high_halves(w), fma(broadcast(pair), low_halves(w), sum));
+  }
+};
+
+#ifdef __AVX512BF16__
+constexpr bool kHasBf16Dot = true;
+
+struct Bf16Dot {
+  static constexpr int kBytesOfX = 4;
+  WEFT_INLINE Floats step(Floats sum, const uint8_t* x, Words w) { return dot_bf16(sum, x, w); }
+};
+
+using WeightDot = Bf16Dot;
+#else
+constexpr bool kHasBf16Dot = false;
+
+using WeightDot = WidenedDot;
+#endif
+
+// sums[row][vector] += Σ over steps of x[row][step] · w[step][vector]: one fixed chain of additions per element.
+// The vectors are kPanels groups of kVectors, `panel_bytes` apart; steps are `step_bytes` apart.
+template <typename Dot, int kRows, int kPanels, int kVectors, int kPrefetchBytes>
+WEFT_INLINE void accumulate(Floats (&sums)[kRows][kPanels * kVectors], const uint8_t* x, int64_t x_row_bytes,
+                            const uint8_t* w, int64_t panel_bytes, int64_t step_bytes, int64_t steps) {
+  for (int64_t step = 0; step < steps; ++step) {
+    Words weights[kPanels * kVectors];
+#pragma GCC unroll 4
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const uint8_t* from = w + panel * panel_bytes;
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector) {
+        weights[panel * kVectors + vector] = load_words(from + vector * sizeof(Words));
+        if (kPrefetchBytes > 0 && vector * sizeof(Words) % 64 == 0) {
+          __builtin_prefetch(from + kPrefetchBytes + vector * sizeof(Words));
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+      for (int vector = 0; vector < kPanels * kVectors; ++vector) {
+        sums[row][vector] = Dot::step(sums[row][vector], x + row * x_row_bytes, weights[vector]);
+      }
+    }
+    x += Dot::kBytesOfX;
+    w += step_bytes;
+  }
+}
+
+// ---- Linear ---------------------------------------------------------------------------------------------------
+
+template <typename Element>
+void pack_panels_of(const PackArguments& a, int64_t first_panel, int64_t end_panel) {
+  constexpr int64_t kElementsPerWord = 4 / sizeof(Element);
+  const Element* weight = static_cast<const Element*>(a.weight);
+  const int64_t whole_words = a.in_features / kElementsPerWord;
+  alignas(64) static const uint32_t zeros[kTransposeSize] = {};
+  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+    uint32_t* out = static_cast<uint32_t*>(a.panels) + panel * panel_steps(a.in_features, a.dtype) * kPanelColumns;
+    for (int64_t column = 0; column < kPanelColumns; column += kTransposeSize) {
+      const int64_t first_row = panel * kPanelColumns + column;
+      for (int64_t word = 0; word < whole_words; word += kTransposeSize) {
+        const uint32_t* rows[kTransposeSize];
+        for (int i = 0; i < kTransposeSize; ++i) {
+          const bool exists = first_row + i < a.out_features;
+          rows[i] = exists ? reinterpret_cast<const uint32_t*>(weight + (first_row + i) * a.row_stride) + word : zeros;
+        }
+        transpose_words(rows, smaller(whole_words - word, kTransposeSize), out + word * kPanelColumns + column,
+                        kPanelColumns);
+      }
+      if (whole_words * kElementsPerWord == a.in_features) continue;
+      for (int i = 0; i < kTransposeSize; ++i) {  // The odd last input, paired with zero.
+        const bool exists = first_row + i < a.out_features;
+        uint32_t word = 0;
+        if (exists) __builtin_memcpy(&word, weight + (first_row + i) * a.row_stride + a.in_features - 1, sizeof(Element));
+        out[whole_words * kPanelColumns + column + i] = word;
+      }
+    }
+  }
+}
+
+void pack_panels(const PackArguments& a, int64_t first_panel, int64_t end_panel) {
+  if (a.dtype == kFloat32) {
+    pack_panels_of<float>(a, first_panel, end_panel);
+  } else {
+    pack_panels_of<uint16_t>(a, first_panel, end_panel);
+  }
+}
+
+// Adds bias and residual, rounds once, stores. `count` columns of the vector exist.
+template <typename Weight, typename Out>
+WEFT_INLINE void finish_vector(const LinearArguments& a, Floats sum, int64_t row, int64_t column, int64_t count) {
+  if (a.bias != nullptr) sum = add(sum, load_up_to(a.bias + column, count));
+  if (a.residual != nullptr) {
+    sum = add(sum, load_up_to(static_cast<const Weight*>(a.residual) + row * a.residual_stride + column, count));
+  }
+  store_up_to(static_cast<Out*>(a.out) + row * a.out_stride + column, sum, count);
+}
+
+template <typename Dot, typename Weight, typename Out, int kRows, int kPanels>
+__attribute__((noinline)) void linear_tile(const LinearArguments& a, int64_t row, int64_t panel) {
+  // Weights come from memory in one long stream: ask for them about a microsecond before they are needed.
+  constexpr int kPrefetchBytes = 2048;
+  Floats sums[kRows][kPanels * kVectorsPerPanel];
+  for (auto& of_row : sums) {
+    for (Floats& sum : of_row) sum = zero();
+  }
+  const int64_t bytes = panel_bytes(a.in_features, a.dtype);
+  accumulate<Dot, kRows, kPanels, kVectorsPerPanel, kPrefetchBytes>(
+      sums, static_cast<const uint8_t*>(a.x) + row * a.x_row_bytes, a.x_row_bytes, a.panels + panel * bytes, bytes, 128,
+      panel_steps(a.in_features, a.dtype));
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int vector = 0; vector < kPanels * kVectorsPerPanel; ++vector) {
+      const int64_t column = panel * kPanelColumns + vector * kLanes;
+      if (column < a.out_features) {
+        finish_vector<Weight, Out>(a, sums[r][vector], row + r, column, a.out_features - column);
+      }
+    }
+  }
+}
+
+// As many panels at once as the registers hold: more sums in flight for few rows, never another order of additions.
+constexpr int panels_at_once(int rows) {
+  const int panels = kMaxLinearRows / rows;
+  return panels >= 8 ? 4 : (panels >= 2 ? 2 : 1);
+}
+
+template <typename Dot, typename Weight, typename Out, int kRows>
+void linear_rows(const LinearArguments& a, int64_t row, int64_t panel, int64_t end_panel) {
+  constexpr int kPanels = panels_at_once(kRows);
+  for (; panel + kPanels <= end_panel; panel += kPanels) linear_tile<Dot, Weight, Out, kRows, kPanels>(a, row, panel);
+  if constexpr (kPanels > 1) {
+    for (; panel < end_panel; ++panel) linear_tile<Dot, Weight, Out, kRows, 1>(a, row, panel);
+  }
+}
+
+template <typename Dot, typename Weight, typename Out, int kRows = kMaxLinearRows>
+WEFT_INLINE void linear_some_rows(const LinearArguments& a, int64_t rows, int64_t row, int64_t panel,
+                                  int64_t end_panel) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return linear_some_rows<Dot, Weight, Out, kRows - 1>(a, rows, row, panel, end_panel);
+  }
+  linear_rows<Dot, Weight, Out, kRows>(a, row, panel, end_panel);
+}
+
+// Panels outside, rows inside: a group of panels is read from memory once and stays in the cache for all rows.
+template <typename Dot, typename Weight, typename Out>
+void linear_piece(const LinearArguments& a, int64_t first_row, int64_t end_row, int64_t first_panel,
+                  int64_t end_panel) {
+  const int64_t tiles = (end_row - first_row + kMaxLinearRows - 1) / kMaxLinearRows;
+  if (tiles == 1) return linear_some_rows<Dot, Weight, Out>(a, end_row - first_row, first_row, first_panel, end_panel);
+  constexpr int64_t kGroup = 2;
+  for (int64_t panel = first_panel; panel < end_panel; panel += kGroup) {
+    int64_t row = first_row;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t rows = (end_row - row + (tiles - tile) - 1) / (tiles - tile);
+      linear_some_rows<Dot, Weight, Out>(a, rows, row, panel, smaller(panel + kGroup, end_panel));
+      row += rows;
+    }
+  }
+}
+
+bool linear_wants_float_rows(DataType weights) { return weights == kBfloat16 && !kHasBf16Dot; }
+
+void linear(const LinearArguments& a, int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
+  if (a.dtype == kFloat32) {
+    return linear_piece<FloatDot, float, float>(a, first_row, end_row, first_panel, end_panel);
+  }
+  if (a.out_dtype == kFloat32) {
+    linear_piece<WeightDot, uint16_t, float>(a, first_row, end_row, first_panel, end_panel);
+  } else {
+    linear_piece<WeightDot, uint16_t, uint16_t>(a, first_row, end_row, first_panel, end_panel);
+  }
+}
+
+// ---- Attention ------------------------------------------------------------------------------------------------
+
+// Softmax state of the rows of a piece over the keys seen so far, in base 2: weights are 2^(score - m).
+struct State {
+  float* m;  // [rows] largest score
+  float* l;  // [rows, kLanes] sums of weights, one per lane
+  float* o;  // [rows, Do] weighted sums of values
+};
+
+constexpr float kNothingSeen = -1e30f;
+
+WEFT_INLINE int64_t output_width(const AttentionArguments& a) { return round_up(a.head_size, kLanes); }
+
+int64_t attention_state_floats(const AttentionArguments& a, int64_t rows) {
+  return round_up(rows, 16) + rows * kLanes + rows * output_width(a);
+}
+
+WEFT_INLINE State state_at(const AttentionArguments& a, float* memory, int64_t rows) {
+  float* const l = memory + round_up(rows, 16);
+  (void)a;
+  return {memory, l, l + rows * kLanes};
+}
+
+// Memory of one piece in progress; every array starts at a multiple of 64 bytes.
+struct Workspace {
+  uint8_t* q;        // [rows, D] elements of the arithmetic
+  uint8_t* weights;  // [rows, 32] elements of the arithmetic
+  uint32_t* keys;    // panel of one tile: [steps over D][32] words
+  uint32_t* values;  // panel of one tile: [steps over positions][Do] words
+  float* row;        // one widened key row per lane of a transposition: [kTransposeSize, D]
+  float* decay;      // [rows] factor on what a row had gathered before the current tile
+  State part;
+  State total;
+};
+
+WEFT_INLINE Workspace workspace_at(const AttentionArguments& a, void* memory, int64_t rows) {
+  uint8_t* next = static_cast<uint8_t*>(memory);
+  const auto take = [&next](int64_t bytes) {
+    uint8_t* const taken = next;
+    next += round_up(bytes, 64);
+    return taken;
+  };
+  Workspace w;
+  w.q = take(rows * a.head_size * 4);
+  w.weights = take(rows * kTilePositions * 4);
+  w.keys = reinterpret_cast<uint32_t*>(take(a.head_size * kTilePositions * 4));
+  w.values = reinterpret_cast<uint32_t*>(take(kTilePositions * output_width(a) * 4));
+  w.row = reinterpret_cast<float*>(take(kTransposeSize * a.head_size * 4));
+  w.decay = reinterpret_cast<float*>(take(rows * 4));
+  w.part = state_at(a, reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
+  w.total = state_at(a, reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
+  return w;
+}
+
+int64_t attention_scratch_bytes(const AttentionArguments& a, int64_t rows) {
+  const int64_t fixed = a.head_size * kTilePositions * 4 + kTilePositions * output_width(a) * 4 +
+                        kTransposeSize * a.head_size * 4;
+  const int64_t by_rows = rows * (a.head_size + kTilePositions + 1) * 4 + 2 * attention_state_floats(a, rows) * 4;
+  return fixed + by_rows + 16 * 64;
+}
+
+// Where the keys or values of one position stand.
+template <typename Element>
+WEFT_INLINE const Element* position_row(const AttentionArguments& a, const void* pool, const AttentionPiece& piece,
+                                        int64_t position) {
+  const int64_t block = a.block_tables[piece.sequence * a.table_stride + position / a.block_size];
+  const int64_t row = (block * a.kv_heads + piece.kv_head) * a.block_size + position % a.block_size;
+  return static_cast<const Element*>(pool) + row * a.head_size;
+}
+
+alignas(64) const uint32_t kZeroRow[1024] = {};
+
+struct FloatArithmetic {
+  using Dot = FloatDot;
+  using Element = float;
+  static constexpr int64_t kPerWord = 1;
+
+  WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
+  }
+};
+
+// Positions of a piece whose keys some row sees: [begin, end). Nothing else is read, and values elsewhere count as
+// zero: memory that nobody has written may hold NaN, and a weight of zero does not silence it.
+struct Seen {
+  int64_t begin;
+  int64_t end;
+};
+
+// First row of the group of 8 positions at `first`, nullptr when none of them is seen.
+template <typename Stored>
+WEFT_INLINE const Stored* seen_group(const AttentionArguments& a, const void* pool, const AttentionPiece& piece,
+                                     const Seen& seen, int64_t first) {
+  if (first >= seen.end || first + 8 <= seen.begin) return nullptr;
+  return position_row<Stored>(a, pool, piece, first);
+}
+
+// Lays the keys of positions tile … tile + 31 out as a panel of 32 columns.
+template <typename Arithmetic, typename Stored>
+WEFT_INLINE void gather_keys(const AttentionArguments& a, const AttentionPiece& piece, int64_t tile, const Seen& seen,
+                             const Workspace& w) {
+  const int64_t words = a.head_size / Arithmetic::kPerWord;
+  for (int64_t first = 0; first < kTilePositions; first += kTransposeSize) {
+    const uint32_t* rows[kTransposeSize];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTransposeSize; i += 8) {
+      const Stored* base = seen_group<Stored>(a, a.keys, piece, seen, tile + first + i);
+      for (int j = 0; j < 8; ++j) {
+        if (base == nullptr) {
+          rows[i + j] = kZeroRow;
+        } else if constexpr (sizeof(Stored) == sizeof(typename Arithmetic::Element)) {
+          rows[i + j] = reinterpret_cast<const uint32_t*>(base + j * a.head_size);
+        } else {
+          float* widened = w.row + (i + j) * a.head_size;
+          convert_elements(base + j * a.head_size, widened, a.head_size);
+          rows[i + j] = reinterpret_cast<const uint32_t*>(widened);
+        }
+      }
+    }
+    for (int64_t word = 0; word < words; word += kTransposeSize) {
+      transpose_words(rows, smaller(words - word, kTransposeSize), w.keys + word * kTilePositions + first,
+                      kTilePositions);
+      for (int i = 0; i < kTransposeSize; ++i) rows[i] += kTransposeSize;
+    }
+  }
+}
+
+// Lays the values out for sums over positions.
+template <typename Stored>
+WEFT_INLINE void gather_values(FloatArithmetic, const AttentionArguments& a, const AttentionPiece& piece, int64_t tile,
+                               const Seen& seen, const Workspace& w) {
+  const int64_t width = output_width(a);
+  for (int64_t offset = 0; offset < kTilePositions; offset += 8) {
+    const int64_t first = tile + offset;
+    const Stored* base = seen_group<Stored>(a, a.values, piece, seen, first);
+    for (int64_t j = 0; j < 8; ++j) {
+      const bool is_seen = first + j >= seen.begin && first + j < seen.end;
+      const Stored* from = is_seen ? base + j * a.head_size : reinterpret_cast<const Stored*>(kZeroRow);
+      float* out = reinterpret_cast<float*>(w.values) + (offset + j) * width;
+      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load_up_to(from + d, larger(a.head_size - d, 0)));
+    }
+  }
+}
+
+#ifdef __AVX512BF16__
+// Arithmetic in bfloat16 pairs with one rounding of the softmax weights to bfloat16.
+struct PairArithmetic {
+  using Dot = Bf16Dot;
+  using Element = uint16_t;
+  static constexpr int64_t kPerWord = 2;
+
+  WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
+  }
+};
+
+template <typename Stored>
+WEFT_INLINE void gather_values(PairArithmetic, const AttentionArguments& a, const AttentionPiece& piece, int64_t tile,
+                               const Seen& seen, const Workspace& w) {
+  static_assert(sizeof(Stored) == 2, "pairs are read as they are stored");
+  const int64_t width = output_width(a);
+  const Stored* const zeros = reinterpret_cast<const Stored*>(kZeroRow);
+  for (int64_t offset = 0; offset < kTilePositions; offset += 8) {
+    const int64_t first = tile + offset;
+    const Stored* base = seen_group<Stored>(a, a.values, piece, seen, first);
+    for (int64_t j = 0; j < 8; j += 2) {
+      const auto row = [&](int64_t i) {
+        return first + i >= seen.begin && first + i < seen.end ? base + i * a.head_size : zeros;
+      };
+      const Stored *even = row(j), *odd = row(j + 1);
+      interleave_pairs(even, odd, w.values + (offset + j) / 2 * width, a.head_size);
+    }
+  }
+}
+#endif
+
+// Asks for the keys and values of the tile at `tile`, if there is one before `end`.
+WEFT_INLINE void prefetch_tile(const AttentionArguments& a, const AttentionPiece& piece, int64_t tile, int64_t end) {
+  const int64_t group_bytes = 8 * a.head_size * bytes_per_element(a.kv_dtype);
+  for (int64_t first = tile; first < smaller(tile + kTilePositions, end); first += 8) {
+    const uint8_t* keys;
+    const uint8_t* values;
+    if (a.kv_dtype == kFloat32) {
+      keys = reinterpret_cast<const uint8_t*>(position_row<float>(a, a.keys, piece, first));
+      values = reinterpret_cast<const uint8_t*>(position_row<float>(a, a.values, piece, first));
+    } else {
+      keys = reinterpret_cast<const uint8_t*>(position_row<uint16_t>(a, a.keys, piece, first));
+      values = reinterpret_cast<const uint8_t*>(position_row<uint16_t>(a, a.values, piece, first));
+    }
+    for (int64_t byte = 0; byte < group_bytes; byte += 64) {
+      __builtin_prefetch(keys + byte);
+      __builtin_prefetch(values + byte);
+    }
+  }
+}
+
+// What all rows of a piece share while one tile is visited.
+struct Tile {
+  int64_t first;           // absolute position of its first key
+  int64_t first_position;  // absolute position of the piece's first query
+  int64_t group;           // query heads per key head
+};
+
+// Scores of kRows rows against the tile, online softmax, weights stored.
+template <typename Arithmetic, int kRows>
+WEFT_INLINE void score_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row) {
+  using Element = typename Arithmetic::Element;
+  constexpr float kLog2E = 1.44269504f;
+  Floats scores[kRows][kVectorsPerPanel];
+  for (auto& of_row : scores) {
+    for (Floats& score : of_row) score = zero();
+  }
+  const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Element));
+  accumulate<typename Arithmetic::Dot, kRows, 1, kVectorsPerPanel, 0>(
+      scores, w.q + row * row_bytes, row_bytes, reinterpret_cast<const uint8_t*>(w.keys), 0, kTilePositions * 4,
+      a.head_size / Arithmetic::kPerWord);
+  const bool capped = a.softcap > 0.0f;
+  const Floats factor = set(capped ? a.softcap * kLog2E : a.scale * kLog2E);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t position = tile.first_position + (row + r) / tile.group;
+    const int32_t high = static_cast<int32_t>(smaller(position - tile.first, kTilePositions));
+    const int32_t low = a.window > 0 ? static_cast<int32_t>(larger(position - a.window - tile.first, -1)) : -1;
+    Floats largest = set(kNothingSeen);
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+      Floats score = scores[r][vector];
+      if (capped) score = tanh(multiply(score, set(a.scale / a.softcap)));
+      score = multiply(score, factor);
+      if (high < kTilePositions - 1 || low >= 0) score = keep_between(score, vector * kLanes, low, high);
+      scores[r][vector] = score;
+      largest = max(score, largest);
+    }
+    const float before = w.part.m[row + r];
+    const float tile_largest = max_of_lanes(largest);
+    const float m = tile_largest > before ? tile_largest : before;
+    const Floats decay = exp2(set(before - m));
+    Floats weights[kVectorsPerPanel];
+    Floats sum = multiply(load(w.part.l + (row + r) * kLanes), decay);
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+      weights[vector] = exp2(subtract(scores[r][vector], set(m)));
+      sum = add(sum, weights[vector]);
+    }
+    w.part.m[row + r] = m;
+    store_first(w.decay + row + r, decay, 1);
+    store(w.part.l + (row + r) * kLanes, sum);
+    Arithmetic::store_weights(reinterpret_cast<Element*>(w.weights) + (row + r) * kTilePositions, weights);
+  }
+}
+
+template <typename Arithmetic, int kRows = kScoreRows>
+WEFT_INLINE void score_some_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row,
+                                 int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return score_some_rows<Arithmetic, kRows - 1>(a, w, tile, row, rows);
+  }
+  score_rows<Arithmetic, kRows>(a, w, tile, row);
+}
+
+// o = o · decay + weights · values for kRows rows and kVectors vectors of the head.
+template <typename Arithmetic, int kRows, int kVectors>
+WEFT_INLINE void gather_rows(const AttentionArguments& a, const Workspace& w, int64_t row, int64_t column) {
+  using Element = typename Arithmetic::Element;
+  const int64_t width = output_width(a);
+  Floats sums[kRows][kVectors];
+  for (auto& of_row : sums) {
+    for (Floats& sum : of_row) sum = zero();
+  }
+  constexpr int64_t kRowBytes = kTilePositions * sizeof(Element);
+  accumulate<typename Arithmetic::Dot, kRows, 1, kVectors, 0>(
+      sums, w.weights + row * kRowBytes, kRowBytes, reinterpret_cast<const uint8_t*>(w.values + column), 0, width * 4,
+      kTilePositions / Arithmetic::kPerWord);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Floats decay = set(w.decay[row + r]);
+    float* const o = w.part.o + (row + r) * width + column;
+#pragma GCC unroll 16
+    for (int vector = 0; vector < kVectors; ++vector) {
+      store(o + vector * kLanes, fma(load(o + vector * kLanes), decay, sums[r][vector]));
+    }
+  }
+}
+
+template <typename Arithmetic, int kRows>
+WEFT_INLINE void gather_columns(const AttentionArguments& a, const Workspace& w, int64_t row) {
+  static_assert(kOutputVectors == 4, "one branch per rest");
+  int64_t column = 0;
+  int64_t left = output_width(a) / kLanes;
+  for (; left >= 4; left -= 4, column += 4 * kLanes) gather_rows<Arithmetic, kRows, 4>(a, w, row, column);
+  if (left == 3) gather_rows<Arithmetic, kRows, 3>(a, w, row, column);
+  if (left == 2) gather_rows<Arithmetic, kRows, 2>(a, w, row, column);
+  if (left == 1) gather_rows<Arithmetic, kRows, 1>(a, w, row, column);
+}
+
+template <typename Arithmetic, int kRows = kOutputRows>
+WEFT_INLINE void gather_some_rows(const AttentionArguments& a, const Workspace& w, int64_t row, int64_t rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return gather_some_rows<Arithmetic, kRows - 1>(a, w, row, rows);
+  }
+  gather_columns<Arithmetic, kRows>(a, w, row);
+}
+
+WEFT_INLINE void clear(const AttentionArguments& a, const State& state, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    state.m[row] = kNothingSeen;
+    store(state.l + row * kLanes, zero());
+  }
+  const int64_t width = output_width(a);
+  for (int64_t i = 0; i < rows * width; i += kLanes) store(state.o + i, zero());
+}
+
+// Visits the tiles of one part. A row takes part in a tile only when it sees a key there, so that what it computes
+// does not depend on which rows stand beside it.
+template <typename Arithmetic, typename Stored>
+__attribute__((noinline)) void visit_part(const AttentionArguments& a, const AttentionPiece& piece, int64_t part,
+                                          const Workspace& w) {
+  const int64_t group = a.query_heads / a.kv_heads;
+  const int64_t length = a.query_starts[piece.sequence + 1] - a.query_starts[piece.sequence];
+  const int64_t first_position = a.context_lens[piece.sequence] - length + piece.first_query;
+  const Seen seen{a.window > 0 ? larger(first_position - a.window + 1, 0) : 0, first_position + piece.num_queries};
+  const int64_t first_tile = larger(part * kPartPositions, seen.begin / kTilePositions * kTilePositions);
+  const int64_t end_tile = smaller((part + 1) * kPartPositions, seen.end);
+  clear(a, w.part, piece.num_queries * group);
+  for (int64_t tile = first_tile; tile < end_tile; tile += kTilePositions) {
+    prefetch_tile(a, piece, tile + kTilePositions, end_tile);
+    const int64_t first_row = larger(tile - first_position, 0) * group;
+    const int64_t newest_reached = tile + kTilePositions - 1 + a.window - 1;  // a query beyond it sees none of the tile
+    const int64_t end_query = a.window > 0 ? smaller(newest_reached - first_position + 1, piece.num_queries)
+                                           : piece.num_queries;
+    const int64_t end_row = end_query * group;
+    if (first_row >= end_row) continue;
+    gather_keys<Arithmetic, Stored>(a, piece, tile, seen, w);
+    gather_values<Stored>(Arithmetic{}, a, piece, tile, seen, w);
+    const Tile at{tile, first_position, group};
+    for (int64_t row = first_row; row < end_row; row += kScoreRows) {
+      score_some_rows<Arithmetic>(a, w, at, row, end_row - row);
+    }
+    for (int64_t row = first_row; row < end_row; row += kOutputRows) {
+      gather_some_rows<Arithmetic>(a, w, row, end_row - row);
+    }
+  }
+}
+
+// total = total merged with part, row by row; a row without a total takes the part as it is.
+WEFT_INLINE void merge(const AttentionArguments& a, const State& total, const State& part, int64_t rows) {
+  const int64_t width = output_width(a);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (part.m[row] == kNothingSeen) continue;
+    float* const l = total.l + row * kLanes;
+    float* const o = total.o + row * width;
+    const float* const part_l = part.l + row * kLanes;
+    const float* const part_o = part.o + row * width;
+    if (total.m[row] == kNothingSeen) {
+      total.m[row] = part.m[row];
+      store(l, load(part_l));
+      for (int64_t d = 0; d < width; d += kLanes) store(o + d, load(part_o + d));
+      continue;
+    }
+    const float m = part.m[row] > total.m[row] ? part.m[row] : total.m[row];
+    const Floats keep = exp2(set(total.m[row] - m));
+    const Floats join = exp2(set(part.m[row] - m));
+    total.m[row] = m;
+    store(l, fma(load(part_l), join, multiply(load(l), keep)));
+    for (int64_t d = 0; d < width; d += kLanes) store(o + d, fma(load(part_o + d), join, multiply(load(o + d), keep)));
+  }
+}
+
+template <typename Out>
+void write_rows(const AttentionArguments& a, const AttentionPiece& piece, const State& state) {
+  const int64_t group = a.query_heads / a.kv_heads;
+  const int64_t width = output_width(a);
+  const int64_t first_token = a.query_starts[piece.sequence] + piece.first_query;
+  for (int64_t row = 0; row < piece.num_queries * group; ++row) {
+    const int64_t head = (first_token + row / group) * a.query_heads + piece.kv_head * group + row % group;
+    Out* const out = static_cast<Out*>(a.out) + head * a.head_size;
+    const Floats inverse = set(1.0f / sum_of_lanes(load(state.l + row * kLanes)));
+    for (int64_t d = 0; d < a.head_size; d += kLanes) {
+      store_up_to(out + d, multiply(load(state.o + row * width + d), inverse), a.head_size - d);
+    }
+  }
+}
+
+WEFT_INLINE void write(const AttentionArguments& a, const AttentionPiece& piece, const State& state) {
+  if (a.dtype == kFloat32) {
+    write_rows<float>(a, piece, state);
+  } else {
+    write_rows<uint16_t>(a, piece, state);
+  }
+}
+
+WEFT_INLINE bool uses_pairs(const AttentionArguments& a) {
+  return kHasBf16Dot && a.dtype == kBfloat16 && a.kv_dtype == kBfloat16;
+}
+
+void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, const Workspace& w) {
+  const int64_t group = a.query_heads / a.kv_heads;
+  const int64_t first_token = a.query_starts[piece.sequence] + piece.first_query;
+  const DataType arithmetic = uses_pairs(a) ? kBfloat16 : kFloat32;
+  const int64_t width = group * a.head_size;
+  for (int64_t query = 0; query < piece.num_queries; ++query) {
+    const int64_t from = (first_token + query) * a.q_stride + piece.kv_head * width;
+    convert_row(static_cast<const uint8_t*>(a.q) + from * bytes_per_element(a.dtype), a.dtype,
+                w.q + query * width * bytes_per_element(arithmetic), arithmetic, width);
+  }
+}
+
+void visit(const AttentionArguments& a, const AttentionPiece& piece, int64_t part, const Workspace& w) {
+#ifdef __AVX512BF16__
+  if (uses_pairs(a)) return visit_part<PairArithmetic, uint16_t>(a, piece, part, w);
+#endif
+  if (a.kv_dtype == kFloat32) return visit_part<FloatArithmetic, float>(a, piece, part, w);
+  visit_part<FloatArithmetic, uint16_t>(a, piece, part, w);
+}
+
+void attend(const AttentionArguments& a, const AttentionPiece& piece, void* scratch) {
+  const int64_t rows = piece.num_queries * (a.query_heads / a.kv_heads);
+  const Workspace w = workspace_at(a, scratch, rows);
+  const PartRange parts = visible_parts(a, piece);
+  gather_queries(a, piece, w);
+  visit(a, piece, parts.first, w);
+  if (parts.end - parts.first == 1) return write(a, piece, w.part);
+  for (int64_t row = 0; row < rows; ++row) w.total.m[row] = kNothingSeen;
+  merge(a, w.total, w.part, rows);
+  for (int64_t part = parts.first + 1; part < parts.end; ++part) {
+    visit(a, piece, part, w);
+    merge(a, w.total, w.part, rows);
+  }
+  write(a, piece, w.total);
+}
+
+void attend_part(const AttentionArguments& a, const AttentionPiece& piece, int64_t part, float* state, void* scratch) {
+  const int64_t rows = piece.num_queries * (a.query_heads / a.kv_heads);
+  Workspace w = workspace_at(a, scratch, rows);
+  w.part = state_at(a, state, rows);
+  gather_queries(a, piece, w);
+  visit(a, piece, part, w);
+}
+
+void merge_parts(const AttentionArguments& a, const AttentionPiece& piece, float* states, int64_t parts) {
+  const int64_t rows = piece.num_queries * (a.query_heads / a.kv_heads);
+  const int64_t floats = attention_state_floats(a, rows);
+  const State total = state_at(a, states, rows);
+  for (int64_t part = 1; part < parts; ++part) merge(a, total, state_at(a, states + part * floats, rows), rows);
+  write(a, piece, total);
+}
+
+// ---- Rotary embedding -----------------------------------------------------------------------------------------
+
+// One head; in and out may be the same.
+template <typename Element, typename Out>
+WEFT_INLINE void rotate_head(const Element* x, Out* out, const float* cos_sin, int64_t half, int64_t width) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t count = half - i;
+    const Floats cosine = load_up_to(cos_sin + i, count), sine = load_up_to(cos_sin + half + i, count);
+    const Floats first = load_up_to(x + i, count), second = load_up_to(x + half + i, count);
+    store_up_to(out + i, subtract(multiply(first, cosine), multiply(second, sine)), count);
+    store_up_to(out + half + i, add(multiply(second, cosine), multiply(first, sine)), count);
+  }
+  if (static_cast<const void*>(x) == static_cast<const void*>(out)) return;
+  for (int64_t i = 2 * half; i < width; i += kLanes) store_up_to(out + i, load_up_to(x + i, width - i), width - i);
+}
+
+template <typename Element, typename Stored>
+void rotary_and_store_of(const RotaryArguments& a, int64_t first_token, int64_t end_token) {
+  const int64_t half = a.rotary_size / 2;
+  for (int64_t token = first_token; token < end_token; ++token) {
+    const float* cos_sin = a.cos_sin + a.positions[token] * a.rotary_size;
+    Element* q = static_cast<Element*>(a.q) + token * a.q_stride;
+    for (int64_t head = 0; head < a.query_heads; ++head) {
+      rotate_head(q + head * a.head_size, q + head * a.head_size, cos_sin, half, a.head_size);
+    }
+    const int64_t slot = a.kv_slots[token];
+    if (slot < 0) continue;
+    const Element* k = static_cast<const Element*>(a.k) + token * a.k_stride;
+    const Element* v = static_cast<const Element*>(a.v) + token * a.v_stride;
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+      const int64_t row = (slot / a.block_size * a.kv_heads + head) * a.block_size + slot % a.block_size;
+      rotate_head(k + head * a.head_size, static_cast<Stored*>(a.keys) + row * a.head_size, cos_sin, half,
+                  a.head_size);
+      convert_elements(v + head * a.head_size, static_cast<Stored*>(a.values) + row * a.head_size, a.head_size);
+    }
+  }
+}
+
+void rotary_and_store(const RotaryArguments& a, int64_t first_token, int64_t end_token) {
+  if (a.dtype == kFloat32 && a.kv_dtype == kFloat32) rotary_and_store_of<float, float>(a, first_token, end_token);
+  if (a.dtype == kFloat32 && a.kv_dtype == kBfloat16) rotary_and_store_of<float, uint16_t>(a, first_token, end_token);
+  if (a.dtype == kBfloat16 && a.kv_dtype == kFloat32) rotary_and_store_of<uint16_t, float>(a, first_token, end_token);
+  if (a.dtype == kBfloat16 && a.kv_dtype == kBfloat16) {
+    rotary_and_store_of<uint16_t, uint16_t>(a, first_token, end_token);
+  }
+}
+
+// ---- Normalization and activation -----------------------------------------------------------------------------
+
+template <typename Element>
+void rms_norm_of(const NormArguments& a, int64_t first_row, int64_t end_row) {
+  const Element* weight = static_cast<const Element*>(a.weight);
+  const Floats offset = set(a.weight_offset);
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const Element* x = static_cast<const Element*>(a.x) + row / a.inner * a.outer_stride + row % a.inner * a.width;
+    Element* out = static_cast<Element*>(a.out) + row * a.width;
+    if (a.residual != nullptr) {
+      const Element* residual = static_cast<const Element*>(a.residual) + row * a.width;
+      Element* sum = static_cast<Element*>(a.sum) + row * a.width;
+      for (int64_t i = 0; i < a.width; i += kLanes) {
+        const int64_t count = a.width - i;
+        store_up_to(sum + i, add(load_up_to(x + i, count), load_up_to(residual + i, count)), count);
+      }
+      x = sum;
+    }
+    // Four chains of additions hide their latency; the order depends on the width alone.
+    Floats squares[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= a.width; i += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < 4; ++chain) {
+        const Floats part = load(x + i + chain * kLanes);
+        squares[chain] = fma(part, part, squares[chain]);
+      }
+    }
+    for (; i < a.width; i += kLanes) {
+      const Floats part = load_up_to(x + i, a.width - i);
+      squares[0] = fma(part, part, squares[0]);
+    }
+    const float sum = sum_of_lanes(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+    const Floats inverse = set(1.0f / __builtin_sqrtf(sum / static_cast<float>(a.width) + a.eps));
+    for (int64_t j = 0; j < a.width; j += kLanes) {
+      const int64_t count = a.width - j;
+      const Floats scaled = multiply(load_up_to(x + j, count), inverse);
+      store_up_to(out + j, multiply(scaled, add(load_up_to(weight + j, count), offset)), count);
+    }
+  }
+}
+
+void rms_norm(const NormArguments& a, int64_t first_row, int64_t end_row) {
+  if (a.dtype == kFloat32) {
+    rms_norm_of<float>(a, first_row, end_row);
+  } else {
+    rms_norm_of<uint16_t>(a, first_row, end_row);
+  }
+}
+
+// 0.5 x (1 + tanh z) = x · sigmoid(2z), z = √(2/π) (x + 0.044715 x³).
+WEFT_INLINE Floats gelu_tanh(Floats x) {
+  const Floats cube = multiply(multiply(x, x), x);
+  const Floats z = multiply(set(0.79788456f), fma(set(0.044715f), cube, x));
+  return multiply(x, sigmoid(add(z, z)));
+}
+
+template <typename Element, ActivationKind kKind>
+void gate_of(const GateArguments& a, int64_t first_row, int64_t end_row) {
+  for (int64_t row = first_row; row < end_row; ++row) {
+    const Element* gate = static_cast<const Element*>(a.x) + row * a.x_stride;
+    const Element* up = gate + a.width;
+    Element* out = static_cast<Element*>(a.out) + row * a.width;
+    for (int64_t i = 0; i < a.width; i += kLanes) {
+      const int64_t count = a.width - i;
+      const Floats x = load_up_to(gate + i, count);
+      const Floats activated = kKind == kSilu ? divide(x, add(set(1.0f), exp(subtract(zero(), x)))) : gelu_tanh(x);
+      store_up_to(out + i, multiply(activated, load_up_to(up + i, count)), count);
+    }
+  }
+}
+
+void gate(const GateArguments& a, int64_t first_row, int64_t end_row) {
+  if (a.dtype == kFloat32) {
+    if (a.kind == kSilu) gate_of<float, kSilu>(a, first_row, end_row);
+    if (a.kind == kGeluTanh) gate_of<float, kGeluTanh>(a, first_row, end_row);
+  } else {
+    if (a.kind == kSilu) gate_of<uint16_t, kSilu>(a, first_row, end_row);
+    if (a.kind == kGeluTanh) gate_of<uint16_t, kGeluTanh>(a, first_row, end_row);
+  }
+}
+
+// ---- Logits ---------------------------------------------------------------------------------------------------
+
+WEFT_INLINE Floats load_logits(const float* p, int64_t count) {
+  return count >= kLanes ? load(p) : keep_between(load_first(p, count), 0, -1, static_cast<int32_t>(count) - 1);
+}
+
+LogitRun scan_logits(const float* logits, int64_t first_index, int64_t count) {
+  Floats largest = set(kMinusInfinity);
+  uint32_t nan = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats x = load_logits(logits + i, count - i);
+    nan |= lanes_nan(x);
+    largest = max(x, largest);
+  }
+  LogitRun run{max_of_lanes(largest), 0.0f, first_index, nan != 0};
+  if (run.has_nan || !(run.best > kMinusInfinity) || run.best == __builtin_inff()) return run;
+  const Floats best = set(run.best);
+  Floats sums[2] = {zero(), zero()};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    sums[0] = add(sums[0], exp(subtract(load(logits + i), best)));
+    sums[1] = add(sums[1], exp(subtract(load(logits + i + kLanes), best)));
+  }
+  for (; i < count; i += kLanes) sums[0] = add(sums[0], exp(subtract(load_logits(logits + i, count - i), best)));
+  run.sum = sum_of_lanes(add(sums[0], sums[1]));
+  for (i = 0; i < count; i += kLanes) {
+    const uint32_t found = lanes_equal(load_logits(logits + i, count - i), best);
+    if (found != 0) {
+      run.best_index = first_index + i + __builtin_ctz(found);
+      break;
+    }
+  }
+  return run;
+}
+
+// Random words of 4 · kLanes vocabulary ids from `first_index` (a multiple of 4) on. See philox.py for the layout.
+WEFT_INLINE void random_words(int64_t first_index, uint64_t seed, uint64_t position, uint32_t* out) {
+  const Words multiplier_0 = set_words(0xD2511F53u), multiplier_1 = set_words(0xCD9E8D57u);
+  Words c0 = add(set_words(static_cast<uint32_t>(first_index / 4)), lane_numbers());
+  Words c1 = set_words(static_cast<uint32_t>(position));
+  Words c2 = set_words(static_cast<uint32_t>(position >> 32));
+  Words c3 = set_words(0);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    const Words high_0 = product_high(c0, multiplier_0), low_0 = product_low(c0, multiplier_0);
+    const Words high_1 = product_high(c2, multiplier_1), low_1 = product_low(c2, multiplier_1);
+    c0 = exclusive_or(exclusive_or(high_1, c1), set_words(k0));
+    c1 = low_1;
+    c2 = exclusive_or(exclusive_or(high_0, c3), set_words(k1));
+    c3 = low_0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  store_interleaved(out, c0, c1, c2, c3);
+}
+
+// logit - log(q), q = -log1p(-(w + ½)/2³²), to about 10⁻⁴.
+WEFT_INLINE Floats coarse_key(Floats logit, Words word) {
+  const Floats unit = set(2.3283064e-10f);
+  const Floats v = multiply(add(unsigned_to_floats(word), set(0.5f)), unit);
+  const Floats rest = multiply(add(unsigned_to_floats(exclusive_or(word, set_words(~0u))), set(0.5f)), unit);  // 1 - v
+  // For small v the series of -log1p(-v) keeps the relative accuracy that 1 - v has lost.
+  Floats series = fma(v, set(0.2f), set(0.25f));
+  series = fma(series, v, set(0.33333333f));
+  series = fma(series, v, set(0.5f));
+  series = fma(series, v, set(1.0f));
+  const Floats q = where_less(v, set(0.0625f), multiply(series, v), subtract(zero(), coarse_log(rest)));
+  return subtract(logit, coarse_log(q));
+}
+
+RaceRun race(const float* logits, int64_t first_index, int64_t count, uint64_t seed, uint64_t position,
+             float* scratch) {
+  constexpr int64_t kGroup = 4 * kLanes;
+  alignas(64) uint32_t words[kGroup];
+  Floats largest = set(kMinusInfinity);
+  uint32_t nan = 0;
+  for (int64_t i = 0; i < count; i += kGroup) {
+    random_words(first_index + i, seed, position, words);
+    for (int64_t j = 0; j < kGroup && i + j < count; j += kLanes) {
+      const Floats logit = load_logits(logits + i + j, count - i - j);
+      const Floats key = coarse_key(logit, load_words(words + j));
+      nan |= lanes_nan(logit);
+      largest = max(key, largest);
+      store(scratch + i + j, key);
+    }
+  }
+  const float best = max_of_lanes(largest);
+  RaceRun run{static_cast<double>(kMinusInfinity), first_index, nan != 0};
+  if (run.has_nan || !(best > kMinusInfinity)) return run;
+  // Whatever comes within the error of the coarse keys of the best is computed exactly.
+  const float margin = 1e-3f + 1e-6f * __builtin_fabsf(best);
+  const Floats threshold = set(best == __builtin_inff() ? best : best - margin);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    uint32_t found = lanes_at_least(load(scratch + i), threshold);
+    if (found == 0) continue;
+    const int64_t group = i / kGroup * kGroup;
+    random_words(first_index + group, seed, position, words);
+    for (; found != 0; found &= found - 1) {
+      const int64_t index = i + __builtin_ctz(found);
+      if (index >= count) continue;
+      const double v = (words[index - group] + 0.5) * 0x1p-32;
+      const double key = static_cast<double>(logits[index]) - __builtin_log(-__builtin_log1p(-v));
+      if (key > run.best) {
+        run.best = key;
+        run.best_index = first_index + index;
+      }
+    }
+  }
+  return run;
+}
+
+}  // namespace
+
+const KernelTable WEFT_TABLE = {
+    WEFT_TABLE_NAME,
+    pack_panels,
+    linear_wants_float_rows,
+    linear,
+    attention_scratch_bytes,
+    attention_state_floats,
+    attend,
+    attend_part,
+    merge_parts,
+    rotary_and_store,
+    rms_norm,
+    gate,
+    convert_row,
+    scan_logits,
+    race,
+};
+
+}  // namespace weft

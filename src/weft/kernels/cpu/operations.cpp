@@ -1,0 +1,354 @@
+#include "operations.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "thread_pool.h"
+
+namespace weft {
+namespace {
+
+// A piece of work shorter than this costs more to hand over than to do.
+constexpr double kChunkNanoseconds = 4000.0;
+// What one thread does at least, whatever the machine: only the order of magnitude matters here.
+constexpr double kBytesPerNanosecond = 20.0;
+constexpr double kOperationsPerNanosecond = 200.0;
+// Enough chunks for a fast thread to take over from a slow one.
+constexpr int64_t kChunksPerThread = 4;
+// Rows whose activations stay in a core's cache while panels pass by. A multiple of the largest row tile.
+constexpr int64_t kRowBlock = 192;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs `work(first, end)` over 0 … count-1 in chunks; `nanoseconds` is a guess of what one element costs.
+template <typename Work>
+void split(int64_t count, double nanoseconds, const Work& work) {
+  const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
+  const int64_t even = divide_up(count, thread_count() * kChunksPerThread);
+  const int64_t size = std::max(least, even);
+  parallel_chunks(divide_up(count, size), [&](int64_t chunk, int thread) {
+    work(chunk * size, std::min(count, (chunk + 1) * size), thread);
+  });
+}
+
+const KernelTable* best_kernels() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!has_avx512) return &kAvx2Kernels;
+  return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16Kernels : &kAvx512Kernels;
+}
+
+const KernelTable*& chosen_kernels() {
+  static const KernelTable* chosen = best_kernels();
+  return chosen;
+}
+
+// ---- Attention ----
+
+// One entry of the work list: a whole piece, or one part of a piece whose parts are shared out.
+struct AttentionTask {
+  AttentionPiece piece;
+  int64_t part;   // absolute part, or -1 for a whole piece
+  int64_t first;  // first part of the piece
+  float* states;  // of all parts of the piece
+  int64_t parts;
+  std::atomic<int64_t>* unfinished;
+};
+
+// Rows whose state and queries stay in the first-level cache while keys and values pass by.
+int64_t queries_per_piece(const AttentionArguments& a) {
+  const int64_t rows = a.head_size <= 128 ? 96 : 48;
+  return std::max<int64_t>(1, rows / (a.query_heads / a.kv_heads));
+}
+
+int64_t query_length(const AttentionArguments& a, int64_t sequence) {
+  return a.query_starts[sequence + 1] - a.query_starts[sequence];
+}
+
+struct AttentionPlan {
+  int64_t pieces = 0;
+  int64_t parts = 0;
+  int64_t state_floats = 0;
+  int64_t most_rows = 0;
+};
+
+// Calls `visit(piece)` for every piece: long rows first and from their ends, where most keys are seen, so that no
+// thread is left with a large piece when the others are done.
+template <typename Visit>
+void for_each_piece(const AttentionArguments& a, int64_t sequences, const Visit& visit) {
+  const int64_t step = queries_per_piece(a);
+  for (const bool long_rows : {true, false}) {
+    for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+      const int64_t length = query_length(a, sequence);
+      if (length == 0 || (length > 1) != long_rows) continue;
+      for (int64_t index = divide_up(length, step) - 1; index >= 0; --index) {
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+          visit(AttentionPiece{sequence, head, index * step, std::min(step, length - index * step)});
+        }
+      }
+    }
+  }
+}
+
+AttentionPlan count_pieces(const AttentionArguments& a, int64_t sequences) {
+  AttentionPlan plan;
+  const int64_t group = a.query_heads / a.kv_heads;
+  for_each_piece(a, sequences, [&](const AttentionPiece& piece) {
+    const PartRange range = visible_parts(a, piece);
+    const int64_t rows = piece.num_queries * group;
+    plan.pieces += 1;
+    plan.parts += range.end - range.first;
+    plan.state_floats += (range.end - range.first) * kernels().attention_state_floats(a, rows);
+    plan.most_rows = std::max(plan.most_rows, rows);
+  });
+  return plan;
+}
+
+void run_task(const AttentionArguments& a, const AttentionTask& task, void* scratch) {
+  if (task.part < 0) return kernels().attend(a, task.piece, scratch);
+  const int64_t rows = task.piece.num_queries * (a.query_heads / a.kv_heads);
+  float* const state = task.states + (task.part - task.first) * kernels().attention_state_floats(a, rows);
+  kernels().attend_part(a, task.piece, task.part, state, scratch);
+  // Whoever finishes the last part merges all of them, in ascending order.
+  if (task.unfinished->fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    kernels().merge_parts(a, task.piece, task.states, task.parts);
+  }
+}
+
+// ---- Logits ----
+
+// A row is read in runs of this many logits, so that few rows still keep all threads busy.
+constexpr int64_t kRunLogits = 8192;
+
+void scan_rows(const float* logits, int64_t stride, int64_t rows, int64_t width, LogitRun* runs) {
+  const int64_t per_row = divide_up(width, kRunLogits);
+  split(rows * per_row, kRunLogits * 0.2, [&](int64_t first, int64_t end, int) {
+    for (int64_t index = first; index < end; ++index) {
+      const int64_t start = index % per_row * kRunLogits;
+      runs[index] = kernels().scan_logits(logits + index / per_row * stride + start, start,
+                                          std::min(kRunLogits, width - start));
+    }
+  });
+}
+
+struct RowSummary {
+  float best;
+  int64_t best_index;
+  double log_sum;  // of exp(logit - best)
+  bool is_sound;
+};
+
+RowSummary summarize(const LogitRun* runs, int64_t count) {
+  RowSummary summary{-std::numeric_limits<float>::infinity(), 0, 0.0, true};
+  for (int64_t i = 0; i < count; ++i) {
+    if (runs[i].has_nan) summary.is_sound = false;
+    if (runs[i].best > summary.best) {
+      summary.best = runs[i].best;
+      summary.best_index = runs[i].best_index;
+    }
+  }
+  if (!std::isfinite(summary.best)) summary.is_sound = false;
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (runs[i].sum > 0.0f) sum += runs[i].sum * std::exp(static_cast<double>(runs[i].best) - summary.best);
+  }
+  summary.log_sum = std::log(sum);
+  return summary;
+}
+
+}  // namespace
+
+const KernelTable& kernels() { return *chosen_kernels(); }
+
+bool select_kernels(const char* name) {
+  const KernelTable* best = best_kernels();
+  if (best == nullptr) return false;
+  if (name == nullptr) {
+    chosen_kernels() = best;
+    return true;
+  }
+  const KernelTable* const ascending[] = {&kAvx2Kernels, &kAvx512Kernels, &kAvx512Bf16Kernels};
+  for (const KernelTable* table : ascending) {
+    if (std::strcmp(table->name, name) == 0) {
+      chosen_kernels() = table;
+      return true;
+    }
+    if (table == best) return false;
+  }
+  return false;
+}
+
+void pack_panels(const PackArguments& a) {
+  const double bytes = static_cast<double>(panel_bytes(a.in_features, a.dtype));
+  split(panel_count(a.out_features), bytes / 4.0, [&](int64_t first, int64_t end, int) {
+    kernels().pack_panels(a, first, end);
+  });
+}
+
+void linear(LinearArguments a, const void* x, int64_t x_stride) {
+  const bool wants_floats = kernels().linear_wants_float_rows(a.dtype);
+  const bool is_odd = a.dtype == kBfloat16 && a.in_features % 2 != 0;
+  a.x = x;
+  a.x_row_bytes = x_stride * bytes_per_element(a.dtype);
+  if (wants_floats || is_odd) {
+    const DataType dtype = wants_floats ? kFloat32 : a.dtype;
+    const int64_t row_bytes = divide_up(panel_steps(a.in_features, a.dtype) * 2 * bytes_per_element(dtype), 64) * 64;
+    uint8_t* const rows = static_cast<uint8_t*>(session_scratch(a.rows * row_bytes));
+    split(a.rows, static_cast<double>(a.in_features) * 0.5, [&](int64_t first, int64_t end, int) {
+      for (int64_t row = first; row < end; ++row) {
+        uint8_t* const out = rows + row * row_bytes;
+        kernels().convert_row(static_cast<const uint8_t*>(x) + row * a.x_row_bytes, a.dtype, out, dtype,
+                              a.in_features);
+        const int64_t written = a.in_features * bytes_per_element(dtype);
+        std::memset(out + written, 0, row_bytes - written);
+      }
+    });
+    a.x = rows;
+    a.x_row_bytes = row_bytes;
+  }
+  const int64_t panels = panel_count(a.out_features);
+  const int64_t row_blocks = divide_up(a.rows, kRowBlock);
+  const double bytes = static_cast<double>(panel_bytes(a.in_features, a.dtype));
+  const double operations = 2.0 * kPanelColumns * static_cast<double>(std::min(a.rows, kRowBlock) * a.in_features);
+  const double nanoseconds = bytes / kBytesPerNanosecond + operations / kOperationsPerNanosecond;
+  const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
+  const int64_t even = panels * row_blocks / (thread_count() * kChunksPerThread);
+  const int64_t group = std::min(panels, std::max(least, even));
+  const int64_t groups = divide_up(panels, group);
+  parallel_chunks(row_blocks * groups, [&](int64_t chunk, int) {
+    const int64_t row = chunk / groups * kRowBlock;
+    const int64_t panel = chunk % groups * group;
+    kernels().linear(a, row, std::min(a.rows, row + kRowBlock), panel, std::min(panels, panel + group));
+  });
+}
+
+void embedding(const void* ids, int64_t id_bytes, int64_t count, const uint8_t* panels, int64_t width, DataType dtype,
+               void* out) {
+  const int64_t bytes = panel_bytes(width, dtype);
+  split(count, static_cast<double>(width), [&](int64_t first, int64_t end, int) {
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t id = id_bytes == 8 ? static_cast<const int64_t*>(ids)[i] : static_cast<const int32_t*>(ids)[i];
+      const uint32_t* column = reinterpret_cast<const uint32_t*>(panels + id / kPanelColumns * bytes) + id % kPanelColumns;
+      uint8_t* row = static_cast<uint8_t*>(out) + i * width * bytes_per_element(dtype);
+      const int64_t row_bytes = width * bytes_per_element(dtype);
+      for (int64_t byte = 0; byte < row_bytes; byte += 4, column += kPanelColumns) {
+        std::memcpy(row + byte, column, std::min<int64_t>(4, row_bytes - byte));
+      }
+    }
+  });
+}
+
+void paged_attention(const AttentionArguments& a, int64_t sequences) {
+  const AttentionPlan plan = count_pieces(a, sequences);
+  if (plan.pieces == 0) return;
+  // With few pieces their parts are shared out; the numbers are the same either way.
+  const bool shares_parts = thread_count() > 1 && plan.pieces < thread_count() * kChunksPerThread;
+  const int64_t tasks = shares_parts ? plan.parts : plan.pieces;
+  const int64_t task_bytes = divide_up(tasks * sizeof(AttentionTask), 64) * 64;
+  const int64_t counter_bytes = divide_up(plan.pieces * sizeof(std::atomic<int64_t>), 64) * 64;
+  uint8_t* const memory =
+      static_cast<uint8_t*>(session_scratch(task_bytes + counter_bytes + (shares_parts ? plan.state_floats * 4 : 0)));
+  AttentionTask* const list = reinterpret_cast<AttentionTask*>(memory);
+  std::atomic<int64_t>* counter = reinterpret_cast<std::atomic<int64_t>*>(memory + task_bytes);
+  float* states = reinterpret_cast<float*>(memory + task_bytes + counter_bytes);
+  AttentionTask* next = list;
+  const int64_t group = a.query_heads / a.kv_heads;
+  for_each_piece(a, sequences, [&](const AttentionPiece& piece) {
+    const PartRange range = visible_parts(a, piece);
+    const int64_t parts = range.end - range.first;
+    if (!shares_parts || parts == 1) {
+      new (next++) AttentionTask{piece, -1, 0, nullptr, 1, nullptr};
+      return;
+    }
+    new (counter) std::atomic<int64_t>(parts);
+    for (int64_t part = range.first; part < range.end; ++part) {
+      new (next++) AttentionTask{piece, part, range.first, states, parts, counter};
+    }
+    ++counter;
+    states += parts * kernels().attention_state_floats(a, piece.num_queries * group);
+  });
+  const int64_t scratch_bytes = kernels().attention_scratch_bytes(a, plan.most_rows);
+  const int64_t count = next - list;
+  const int64_t per_chunk = std::max<int64_t>(1, count / (thread_count() * 32));
+  parallel_chunks(divide_up(count, per_chunk), [&](int64_t chunk, int thread) {
+    void* const scratch = thread_scratch(thread, scratch_bytes);
+    const int64_t end = std::min(count, (chunk + 1) * per_chunk);
+    for (int64_t task = chunk * per_chunk; task < end; ++task) run_task(a, list[task], scratch);
+  });
+}
+
+void rotary_and_store(const RotaryArguments& a, int64_t tokens) {
+  const double elements = static_cast<double>((a.query_heads + 2 * a.kv_heads) * a.head_size);
+  split(tokens, elements * 0.2, [&](int64_t first, int64_t end, int) { kernels().rotary_and_store(a, first, end); });
+}
+
+void rms_norm(const NormArguments& a, int64_t rows) {
+  split(rows, static_cast<double>(a.width) * 0.2,
+        [&](int64_t first, int64_t end, int) { kernels().rms_norm(a, first, end); });
+}
+
+void gated_activation(const GateArguments& a, int64_t rows) {
+  split(rows, static_cast<double>(a.width) * 0.5,
+        [&](int64_t first, int64_t end, int) { kernels().gate(a, first, end); });
+}
+
+void greedy(const float* logits, int64_t stride, int64_t rows, int64_t width, int64_t* ids, float* logprobs) {
+  const int64_t per_row = divide_up(width, kRunLogits);
+  LogitRun* const runs = static_cast<LogitRun*>(session_scratch(rows * per_row * sizeof(LogitRun)));
+  scan_rows(logits, stride, rows, width, runs);
+  for (int64_t row = 0; row < rows; ++row) {
+    const RowSummary summary = summarize(runs + row * per_row, per_row);
+    ids[row] = summary.is_sound ? summary.best_index : -1;
+    logprobs[row] = summary.is_sound ? static_cast<float>(-summary.log_sum) : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void token_logprobs(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* ids,
+                    float* logprobs) {
+  const int64_t per_row = divide_up(width, kRunLogits);
+  LogitRun* const runs = static_cast<LogitRun*>(session_scratch(rows * per_row * sizeof(LogitRun)));
+  scan_rows(logits, stride, rows, width, runs);
+  for (int64_t row = 0; row < rows; ++row) {
+    const RowSummary summary = summarize(runs + row * per_row, per_row);
+    const double above = static_cast<double>(logits[row * stride + ids[row]]) - summary.best;
+    logprobs[row] = summary.is_sound ? static_cast<float>(above - summary.log_sum)
+                                     : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void race(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* seeds,
+          const int64_t* positions, int64_t* ids) {
+  const int64_t per_row = divide_up(width, kRunLogits);
+  RaceRun* const runs = static_cast<RaceRun*>(session_scratch(rows * per_row * sizeof(RaceRun)));
+  split(rows * per_row, kRunLogits * 0.6, [&](int64_t first, int64_t end, int thread) {
+    float* const scratch = static_cast<float*>(thread_scratch(thread, kRunLogits * sizeof(float) + 64));
+    for (int64_t index = first; index < end; ++index) {
+      const int64_t row = index / per_row, start = index % per_row * kRunLogits;
+      runs[index] = kernels().race(logits + row * stride + start, start, std::min(kRunLogits, width - start),
+                                   static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(positions[row]), scratch);
+    }
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    double best = -std::numeric_limits<double>::infinity();
+    ids[row] = -1;
+    for (int64_t i = 0; i < per_row; ++i) {
+      const RaceRun& run = runs[row * per_row + i];
+      if (run.has_nan || run.best == std::numeric_limits<double>::infinity()) {
+        ids[row] = -1;
+        break;
+      }
+      if (run.best > best) {
+        best = run.best;
+        ids[row] = run.best_index;
+      }
+    }
+  }
+}
+
+}  // namespace weft

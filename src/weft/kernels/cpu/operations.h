@@ -1,0 +1,31 @@
+// Whole operations: cut into pieces, run on the pool. The caller holds a Session, so a program that runs many
+// operations one after another takes it once.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace weft {
+
+// The kernels in use. Chosen once by what the CPU can do; `select_kernels` overrides it by name.
+const KernelTable& kernels();
+// Returns whether the CPU has the named instruction set; nullptr chooses the best one it has.
+bool select_kernels(const char* name);
+
+void pack_panels(const PackArguments& arguments);
+// `x` holds rows of in_features in `dtype`, x_stride elements apart; x and x_row_bytes of the arguments are set here.
+void linear(LinearArguments arguments, const void* x, int64_t x_stride);
+void embedding(const void* ids, int64_t id_bytes, int64_t count, const uint8_t* panels, int64_t width, DataType dtype,
+               void* out);
+void paged_attention(const AttentionArguments& arguments, int64_t sequences);
+void rotary_and_store(const RotaryArguments& arguments, int64_t tokens);
+void rms_norm(const NormArguments& arguments, int64_t rows);
+void gated_activation(const GateArguments& arguments, int64_t rows);
+void greedy(const float* logits, int64_t stride, int64_t rows, int64_t width, int64_t* ids, float* logprobs);
+void token_logprobs(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* ids,
+                    float* logprobs);
+void race(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* seeds,
+          const int64_t* positions, int64_t* ids);
+
+}  // namespace weft

@@ -1,0 +1,238 @@
+#include "thread_pool.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace weft {
+namespace {
+
+// Long enough to bridge the gap between two operations of a step, short enough that an idle server burns nothing and
+// that a neighbour on the same core gets it.
+constexpr int64_t kSpinNanoseconds = 40'000;
+constexpr int kPausesPerClockRead = 32;
+constexpr int kMaxThreads = 256;
+
+int64_t now_ns() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
+}
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void pause_cpu() { __builtin_ia32_pause(); }
+
+// Spins until `is_done`, at most kSpinNanoseconds. Returns whether it is.
+template <typename Condition>
+bool spin_until(const Condition& is_done) {
+  const int64_t deadline = now_ns() + kSpinNanoseconds;
+  do {
+    for (int pause = 0; pause < kPausesPerClockRead; ++pause) {
+      if (is_done()) return true;
+      pause_cpu();
+    }
+  } while (now_ns() < deadline);
+  return is_done();
+}
+
+struct Scratch {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+
+  void* at_least(int64_t wanted) {
+    if (bytes < wanted) {
+      std::free(memory);
+      bytes = (wanted + 4095) / 4096 * 4096;
+      memory = std::aligned_alloc(4096, bytes);
+      if (memory == nullptr) std::abort();
+    }
+    return memory;
+  }
+
+  void release() {
+    std::free(memory);
+    memory = nullptr;
+    bytes = 0;
+  }
+};
+
+class Pool {
+ public:
+  void run(ChunkFunction function, const void* context, int64_t count) {
+    if (count <= 0) return;
+    if (count == 1 || count_ == 1) {
+      for (int64_t chunk = 0; chunk < count; ++chunk) function(context, chunk, 0);
+      return;
+    }
+    if (threads_.empty()) start();
+    // More chunks than a claim can count are run in rounds.
+    for (int64_t first = 0; first < count; first += kMaxChunks) {
+      const int64_t round = count - first < kMaxChunks ? count - first : kMaxChunks;
+      run_round(function, context, first, static_cast<uint32_t>(round));
+    }
+  }
+
+  void set_count(int count) {
+    std::lock_guard<std::mutex> lock(callers_);
+    const int bounded = count < 1 ? 1 : (count > kMaxThreads ? kMaxThreads : count);
+    if (bounded == count_) return;
+    stop();
+    count_ = bounded;
+  }
+
+  int count() const { return count_; }
+
+  void stop_all() {
+    std::lock_guard<std::mutex> lock(callers_);
+    stop();
+  }
+
+  void* scratch(int thread, int64_t bytes) { return scratch_[thread].at_least(bytes); }
+  void* session_scratch(int64_t bytes) { return session_scratch_.at_least(bytes); }
+  void open_session() { callers_.lock(); }
+  void close_session() { callers_.unlock(); }
+
+  // Called in a forked child, where the other threads do not exist.
+  void forget_threads() {
+    for (std::thread& thread : threads_) thread.detach();
+    threads_.clear();
+    sleeping_.store(0, std::memory_order_relaxed);
+    new (&callers_) std::mutex();
+  }
+
+  ~Pool() { stop(); }
+
+ private:
+  static constexpr int64_t kMaxChunks = 1 << 30;
+
+  void run_round(ChunkFunction function, const void* context, int64_t first, uint32_t count) {
+    function_ = function;
+    context_ = context;
+    first_ = first;
+    round_count_ = count;
+    unfinished_.store(count, std::memory_order_relaxed);
+    const uint64_t generation = (claims_.load(std::memory_order_relaxed) >> 32) + 1;
+    claims_.store(generation << 32 | count, std::memory_order_release);
+    wake_word_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleeping_.load(std::memory_order_seq_cst) > 0) futex_wake_all(wake_word_);
+
+    work(0);
+
+    const auto is_done = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
+    if (spin_until(is_done)) return;
+    caller_sleeps_.store(1, std::memory_order_seq_cst);
+    for (uint32_t left; (left = unfinished_.load(std::memory_order_seq_cst)) != 0;) futex_wait(unfinished_, left);
+    caller_sleeps_.store(0, std::memory_order_relaxed);
+  }
+
+  // Claims and runs chunks until none is left. The job's fields are read only after a successful claim: they cannot
+  // change before that chunk is reported as finished. The generation in the upper half keeps a thread that slept
+  // through a whole job from claiming with a stale value.
+  void work(int thread) {
+    uint64_t claim = claims_.load(std::memory_order_acquire);
+    while (static_cast<uint32_t>(claim) != 0) {
+      if (!claims_.compare_exchange_weak(claim, claim - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        continue;
+      }
+      const uint32_t left = static_cast<uint32_t>(claim);
+      function_(context_, first_ + (round_count_ - left), thread);
+      if (unfinished_.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
+          caller_sleeps_.load(std::memory_order_seq_cst) != 0) {
+        futex_wake_all(unfinished_);
+      }
+      claim = claims_.load(std::memory_order_acquire);
+    }
+  }
+
+  void serve(int thread) {
+    const auto has_work = [this] {
+      return static_cast<uint32_t>(claims_.load(std::memory_order_acquire)) != 0 ||
+             stopping_.load(std::memory_order_relaxed);
+    };
+    for (;;) {
+      const uint32_t seen = wake_word_.load(std::memory_order_seq_cst);
+      if (!spin_until(has_work)) {
+        sleeping_.fetch_add(1, std::memory_order_seq_cst);
+        // A job published since `seen` was read has changed the word, and the wait returns at once.
+        if (!has_work()) futex_wait(wake_word_, seen);
+        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+      }
+      if (stopping_.load(std::memory_order_relaxed)) return;
+      work(thread);
+    }
+  }
+
+  void start() {
+    stopping_.store(false, std::memory_order_relaxed);
+    for (int thread = 1; thread < count_; ++thread) {
+      threads_.emplace_back([this, thread] { serve(thread); });
+    }
+  }
+
+  void stop() {
+    stopping_.store(true, std::memory_order_seq_cst);
+    wake_word_.fetch_add(1, std::memory_order_seq_cst);
+    futex_wake_all(wake_word_);
+    for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
+    for (Scratch& own : scratch_) own.release();
+    session_scratch_.release();
+  }
+
+  std::mutex callers_;
+  std::atomic<int> count_{1};
+  std::vector<std::thread> threads_;
+  Scratch scratch_[kMaxThreads];
+  Scratch session_scratch_;
+
+  // The running job.
+  ChunkFunction function_ = nullptr;
+  const void* context_ = nullptr;
+  int64_t first_ = 0;
+  uint32_t round_count_ = 0;
+
+  // Generation in the upper half, chunks nobody has claimed in the lower one.
+  alignas(64) std::atomic<uint64_t> claims_{0};
+  alignas(64) std::atomic<uint32_t> unfinished_{0};
+  std::atomic<uint32_t> caller_sleeps_{0};
+  alignas(64) std::atomic<uint32_t> wake_word_{0};
+  std::atomic<uint32_t> sleeping_{0};
+  std::atomic<bool> stopping_{false};
+};
+
+Pool& pool() {
+  static Pool instance;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { pool().forget_threads(); });
+  static_cast<void>(registered);
+  return instance;
+}
+
+}  // namespace
+
+void set_thread_count(int count) { pool().set_count(count); }
+int thread_count() { return pool().count(); }
+void run_chunks(ChunkFunction function, const void* context, int64_t count) { pool().run(function, context, count); }
+Session::Session() { pool().open_session(); }
+Session::~Session() { pool().close_session(); }
+void* session_scratch(int64_t bytes) { return pool().session_scratch(bytes); }
+void* thread_scratch(int thread, int64_t bytes) { return pool().scratch(thread, bytes); }
+void stop_threads() { pool().stop_all(); }
+
+}  // namespace weft
