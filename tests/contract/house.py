@@ -1,4 +1,4 @@
-"""A router in this process: real application, real tokenizer of 256 bytes, scripted engine, and a client of raw ASGI."""
+"""A router in this process: real application, a tokenizer of 256 bytes, a scripted engine, and a raw ASGI client."""
 
 import asyncio
 import json
@@ -171,16 +171,18 @@ class Answer:
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
     is_over: bool = False
     task: Any = None
-    reads: bool = True
-    """False: a client that takes nothing more from its socket."""
+    reads: asyncio.Event = field(default_factory=asyncio.Event)
+    """Clear: a client that takes nothing from its socket."""
+
+    def __post_init__(self) -> None:
+        self.reads.set()
 
     async def take(self, message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
         else:
-            while not self.reads:
-                await asyncio.sleep(3600)
+            await self.reads.wait()
             self.parts.append(message.get("body", b""))
             self.is_over = not message.get("more_body", False)
         async with self.arrived:
@@ -232,9 +234,14 @@ def build_house(
 ) -> House:
     """`settings` replaces fields of Settings."""
     info = EngineInfo(
-        model_id=MODEL_ID, vocab_size=VOCAB_SIZE, max_total_tokens=max_total_tokens, model_type="bytes", dtype="float32",
-        fingerprint="0123456789abcdef", phases=(("load", 0.5),),
-    )  # fmt: skip
+        model_id=MODEL_ID,
+        vocab_size=VOCAB_SIZE,
+        max_total_tokens=max_total_tokens,
+        model_type="bytes",
+        dtype="float32",
+        fingerprint="0123456789abcdef",
+        phases=(("load", 0.5),),
+    )
     backend = ScriptedBackend(script_for or say("hello"), info, steps=steps, batch_size=batch_size)
     clock = FakeClock()
     context = RouterContext(settings=replace(Settings(model_id=MODEL_ID), **settings), backend=backend, clock=clock)

@@ -146,6 +146,8 @@ class ChoiceText:
     def _advance(self, batch: Sequence[TokenEvent]) -> tuple[str, list[_TokenRecord]]:
         """Text and records that may be shown now."""
         sequence, trail = self.sequence, self._trail
+        if trail is None and len(batch) == 1:
+            return sequence.push(batch[0]), []
         shown: list[str] = []
         for event in batch:
             shown.append(sequence.push(event))
@@ -153,7 +155,7 @@ class ChoiceText:
                 trail.add(event, 0 if sequence.is_special else len(sequence.token_text))
             if sequence.finish_reason is not None:
                 break
-        text = shown[0] if len(shown) == 1 else "".join(shown)
+        text = "".join(shown)
         if trail is None:
             return text, []
         self._num_shown_chars += len(text)
@@ -185,6 +187,8 @@ class ChatChoiceText(ChoiceText):
     def frames(self, batch: Sequence[TokenEvent]) -> bytes:
         """Role first, then text, then the finish reason in a chunk of its own."""
         text, records = self._advance(batch)
+        if self._has_begun and not records and self.sequence.finish_reason is None:
+            return self._before_text + encode_json(text) + self._after_text if text else b""
         frames: list[bytes] = []
         if not self._has_begun:
             self._has_begun = True

@@ -61,14 +61,20 @@ class Generation:
 
     async def progress(self) -> AsyncGenerator[Progress, None]:
         """(sequence, its new events) until every sequence has ended. Raises RequestError when any fails."""
-        if len(self._requests) == 1:
-            source = _follow(self._context.backend, self._requests[0], self.sequences[0])
-        else:
-            source = _merge(self._context.backend, self._requests, self.sequences)
-        async with aclosing(source) as batches:
-            async for sequence, batch in batches:
-                self._account(sequence.index, batch)
+        if len(self._requests) > 1:
+            async with aclosing(_merge(self._context.backend, self._requests, self.sequences)) as merged:
+                async for sequence, batch in merged:
+                    self._account(sequence.index, batch)
+                    yield sequence, batch
+            return
+        sequence = self.sequences[0]
+        async with aclosing(self._context.backend.generate(self._requests[0])) as batches:
+            async for batch in batches:
+                self._account(0, batch)
                 yield sequence, batch
+                if sequence.finish_reason is not None:
+                    return
+        raise IncompleteGenerationError("Incomplete generation")
 
     def _account(self, index: int, batch: TokenBatch) -> None:
         now_ns = self._context.clock.now_ns()
@@ -103,15 +109,6 @@ def timing_headers(exchange: Exchange) -> RawHeaders:
         (b"x-prompt-tokens", b"%d" % exchange.num_prompt_tokens),
         (b"x-generated-tokens", b"%d" % num_tokens),
     ]
-
-
-async def _follow(backend: Backend, request: Request, sequence: SequenceText) -> AsyncGenerator[Progress, None]:
-    async with aclosing(backend.generate(request)) as batches:
-        async for batch in batches:
-            yield sequence, batch
-            if sequence.finish_reason is not None:
-                return
-    raise IncompleteGenerationError("Incomplete generation")
 
 
 async def _merge(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Self
 
 import msgspec
-from starlette.types import Message, Send
+from starlette.types import Send
 
 from weft.core.clock import Clock
 from weft.errors import ClientGoneError, RequestError
@@ -22,6 +22,7 @@ from weft.telemetry.metrics import Registry
 DONE_FRAME = b"data: [DONE]\n\n"
 _COMMENT_FRAME = b":\n\n"
 _KEEP_ALIVE_NS = 15_000_000_000
+_STALL_NS = int(LIMITS.stream_stall_timeout_s * 1e9)
 _WATCH_INTERVAL_S = 1.0
 
 _HEADERS = (
@@ -45,14 +46,15 @@ class EventStream:
         """`end_frames` says a failure in the dialect of the route."""
         self._exchange = exchange
         self._watch = watch
-        self._clock = watch.clock
         self._send: Send = exchange.send
         self._end_frames = end_frames
         self._task = asyncio.current_task()
-        self._message: Message = {"type": "http.response.body", "body": b"", "more_body": True}
-        self.writing_since_ns = 0
-        """0 while nothing is being written."""
-        self.last_write_ns = 0
+        self.num_writes = 0
+        self.is_writing = False
+        self.changed_ns = 0
+        """When the watch last saw a write begin or end; the writer itself reads no clock."""
+        self.seen = (0, False)
+        """`num_writes` and `is_writing` at that time."""
         self._is_stalled = False
 
     def __enter__(self) -> Self:
@@ -71,7 +73,8 @@ class EventStream:
 
     async def write(self, frames: bytes) -> None:
         """Send frames. Raises ClientGoneError when the reader has taken nothing for too long."""
-        self.writing_since_ns = self._clock.now_ns()
+        self.num_writes += 1
+        self.is_writing = True
         try:
             await self._send({"type": "http.response.body", "body": frames, "more_body": True})
         except asyncio.CancelledError:
@@ -79,7 +82,7 @@ class EventStream:
                 raise
             self._task.uncancel()
             raise ClientGoneError("The client stopped reading its stream") from None
-        self.last_write_ns, self.writing_since_ns = self.writing_since_ns, 0
+        self.is_writing = False
 
     async def close(self, frames: bytes = b"") -> None:
         """Send the last frames and end the stream."""
@@ -120,7 +123,7 @@ class StreamWatch:
 
     def add(self, stream: EventStream) -> None:
         """Begin to look at a stream."""
-        stream.last_write_ns = self.clock.now_ns()
+        stream.changed_ns = self.clock.now_ns()
         self._streams.add(stream)
         self._num_open.set(len(self._streams))
         if self._task is None or self._task.done():
@@ -134,15 +137,16 @@ class StreamWatch:
     def look(self) -> None:
         """Look at every stream once."""
         now_ns = self.clock.now_ns()
-        stall_ns = int(LIMITS.stream_stall_timeout_s * 1e9)
         for stream in tuple(self._streams):
-            if stream.writing_since_ns:
-                if now_ns - stream.writing_since_ns > stall_ns:
-                    self._num_stalled.add(1)
-                    self.remove(stream)
-                    stream.end_stalled()
-            elif now_ns - stream.last_write_ns > _KEEP_ALIVE_NS:
-                stream.last_write_ns = now_ns
+            seen = (stream.num_writes, stream.is_writing)
+            if seen != stream.seen:
+                stream.seen, stream.changed_ns = seen, now_ns
+            elif stream.is_writing and now_ns - stream.changed_ns > _STALL_NS:
+                self._num_stalled.add(1)
+                self.remove(stream)
+                stream.end_stalled()
+            elif not stream.is_writing and now_ns - stream.changed_ns > _KEEP_ALIVE_NS:
+                stream.changed_ns = now_ns
                 comment = asyncio.create_task(stream.keep_alive())
                 self._comments.add(comment)
                 comment.add_done_callback(self._comments.discard)
