@@ -3,11 +3,13 @@
 Row orders and the offset of Gemma's norms follow llama.cpp's converter, so that reading them back is a real test.
 """
 
+import math
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 MODEL_ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -92,8 +94,22 @@ def _write_metadata(writer: gguf.GGUFWriter, config) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_divisors(config))
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        factor = config.max_position_embeddings / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(factor) / math.log(original)))
+        writer.add_tensor("rope_factors_long.weight", np.array(rope["long_factor"], np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.array(rope["short_factor"], np.float32))
     if config.model_type == "phi3":
-        writer.add_rope_dimension_count(int(config.hidden_size // config.num_attention_heads))
+        head_size = config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
@@ -102,6 +118,12 @@ def _write_metadata(writer: gguf.GGUFWriter, config) -> None:
     writer.add_token_list([f"token {index}" for index in range(config.vocab_size)])
     writer.add_eos_token_id(3)
     writer.add_bos_token_id(1)
+
+
+def _llama3_divisors(config) -> np.ndarray:
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return (1.0 / (config.rope_parameters["rope_theta"] ** exponents) / scaled).numpy()
 
 
 def _as_stored(name: str, values: np.ndarray, config) -> np.ndarray:

@@ -30,7 +30,20 @@ WIDE = FamilyRow(
 )
 """Rows of 256 numbers and more, which the K types need."""
 
-ARCHITECTURES = ["llama", "llama-tied-biased", "llama-linear", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
+ARCHITECTURES = [
+    "llama",
+    "llama-tied-biased",
+    "llama-linear",
+    "llama-3",
+    "llama-yarn",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "phi3-partial-rotary",
+    "phi3-long",
+]
 
 
 def drivers(path: Path, world_size: int = 1) -> PagedDriver:

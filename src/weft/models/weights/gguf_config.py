@@ -117,7 +117,8 @@ def _scaling(file: GgufFile, arch: str) -> dict[str, object]:
         "rope_type": kind,
         "factor": metadata.get(f"{arch}.rope.scaling.factor"),
         "original_max_position_embeddings": original,
-        "attention_factor": metadata.get(f"{arch}.rope.scaling.attn_factor"),
+        "beta_fast": metadata.get(f"{arch}.rope.scaling.yarn_beta_fast"),
+        "beta_slow": metadata.get(f"{arch}.rope.scaling.yarn_beta_slow"),
     }
 
 

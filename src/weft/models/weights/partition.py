@@ -58,6 +58,11 @@ def head_share(num_heads: int, num_kv_heads: int, rank: int, world_size: int) ->
 
     Raises   DoesNotFitError: more ranks than the heads can occupy
     """
+    if world_size > num_heads:
+        raise DoesNotFitError(
+            f"`--num-shard` {world_size} is too many for a model with {num_heads} attention heads. "
+            f"Use at most {num_heads}."
+        )
     group_size = num_heads // num_kv_heads
     if world_size <= num_kv_heads:
         groups = even_span(num_kv_heads, rank, world_size)
@@ -65,10 +70,5 @@ def head_share(num_heads: int, num_kv_heads: int, rank: int, world_size: int) ->
     # Fewer groups than ranks: ranks are dealt to groups as evenly as ranks are dealt to anything else.
     group = next(g for g in range(num_kv_heads) if rank < even_span(world_size, g, num_kv_heads).stop)
     ranks_of_group = even_span(world_size, group, num_kv_heads)
-    if ranks_of_group.size > group_size:
-        raise DoesNotFitError(
-            f"`--num-shard` {world_size} is too many for a model with {num_heads} attention heads "
-            f"in {num_kv_heads} groups. Use at most {num_heads}."
-        )
     within = even_span(group_size, rank - ranks_of_group.start, ranks_of_group.size)
     return HeadShare(within.shifted(group * group_size), Span(group, group + 1))
