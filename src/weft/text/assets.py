@@ -118,13 +118,23 @@ def _declare_special_tokens(backend: tokenizers.Tokenizer, config: Json, special
 
     Tokens that the vocabulary does not have are left out: their ids would lie outside the embedding table.
     """
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    names: Iterable[object] = extra.values() if isinstance(extra, dict) else extra
-    listed = [entry for entry in config.get("added_tokens_decoder", {}).values() if entry.get("special")]
-    texts = {*special_tokens.values(), *map(_token_text, names), *map(_token_text, listed)} - {None, ""}
+    extra_key = "extra_special_tokens" if config.get("extra_special_tokens") else "additional_special_tokens"
+    listed = [entry for entry in _entries(config, "added_tokens_decoder") if isinstance(entry, dict)]
+    entries = [*_entries(config, extra_key), *(entry for entry in listed if entry.get("special"))]
+    texts = {*special_tokens.values(), *filter(None, map(_token_text, entries))}
     known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    missing = sorted(text for text in texts - known if text is not None and backend.token_to_id(text) is not None)
+    missing = sorted(text for text in texts - known if backend.token_to_id(text) is not None)
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in missing])
+
+
+def _entries(config: Json, key: str) -> Iterable[object]:
+    """Returns the values of the list or object under `key`, none when the key is missing."""
+    found = config.get(key) or []
+    if isinstance(found, dict):
+        return found.values()
+    if isinstance(found, list) and key != "added_tokens_decoder":
+        return found
+    raise _wrong_shape(key)
 
 
 def _templates(directory: Path, config: Json) -> dict[str, str]:
@@ -141,13 +151,21 @@ def _templates(directory: Path, config: Json) -> dict[str, str]:
 def _templates_in(config: Json) -> dict[str, str]:
     """Returns the templates in a settings file: one string, a list of named ones, or an object of named ones."""
     match config.get("chat_template"):
+        case None:
+            return {}
         case str(source):
-            return {DEFAULT_TEMPLATE: source}
-        case list(entries):
-            return {entry["name"]: entry["template"] for entry in entries}
+            named: dict[Any, Any] = {DEFAULT_TEMPLATE: source}
+        case list(entries) if all(isinstance(entry, dict) for entry in entries):
+            named = {entry.get("name"): entry.get("template") for entry in entries}
         case dict(named):
-            return named
-    return {}
+            pass
+        case _:
+            raise _wrong_shape("chat_template")
+    if not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise _wrong_shape("chat_template")
+    for source in named.values():
+        _check_size("chat_template", len(source), LIMITS.max_template_chars)
+    return named
 
 
 def _eos_token_ids(directory: Path, tokenizer: Tokenizer, eos_token: str | None) -> tuple[int, ...]:
@@ -186,12 +204,17 @@ def _read_json(file: Path) -> Json:
 
 
 def _read_text(file: Path, max_bytes: int) -> str:
-    size = file.stat().st_size
-    if size > max_bytes:
-        raise ModelNotFoundError(
-            f"{file.name} has {size} bytes; at most {max_bytes} are read. Check the model's files."
-        )
+    _check_size(file.name, file.stat().st_size, max_bytes)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ModelNotFoundError(f"{file.name} is not UTF-8 text. Fetch the model again.") from error
+
+
+def _check_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise ModelNotFoundError(f"{name} has {size} bytes; at most {limit} are read. Check the model's files.")
+
+
+def _wrong_shape(key: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"`{key}` in the tokenizer's settings has an unknown form. Check the model's files.")

@@ -114,6 +114,8 @@ class _Worker:
         self._requests.close()
 
     async def wait(self) -> None:
+        """Returns when the killed process is gone. What it had still sent is read, or its pipe would stay open."""
+        await self._replies.read()
         await self._process.wait()
 
 
@@ -138,6 +140,7 @@ class ChatTemplate:
         self._free_places = asyncio.Semaphore(num_workers)
         self._idle_workers: list[_Worker] = []
         self._all_workers: set[_Worker] = set()
+        self._deaths: set[asyncio.Task[None]] = set()
         self._variables: dict[str, list[str]] = {}
         self._defect: str | None = None
 
@@ -157,11 +160,9 @@ class ChatTemplate:
 
     async def close(self) -> None:
         """End every worker; a rendering in flight fails."""
-        workers = list(self._all_workers)
-        for worker in workers:
+        for worker in list(self._all_workers):
             self._discard(worker)
-        for worker in workers:
-            await worker.wait()
+        await asyncio.gather(*self._deaths)
 
     async def variables(self, *, with_tools: bool = False) -> frozenset[str]:
         """Returns the variables that the template reads: `"tools" in await template.variables()`."""
@@ -295,12 +296,15 @@ class ChatTemplate:
         self._all_workers.discard(worker)
         if worker in self._idle_workers:
             self._idle_workers.remove(worker)
+        death = asyncio.create_task(worker.wait())
+        self._deaths.add(death)
+        death.add_done_callback(self._deaths.discard)
 
 
 def _encode(request: JsonObject) -> bytes:
     try:
         return msgspec.json.encode(request)
-    except (UnicodeEncodeError, OverflowError, RecursionError, TypeError) as error:
+    except (UnicodeEncodeError, RecursionError, TypeError) as error:
         raise ValidationError(
-            "`messages` must be JSON with valid Unicode, 64-bit integers and moderate depth.", field="messages"
+            "`messages` must be JSON with valid Unicode and moderate depth.", field="messages"
         ) from error

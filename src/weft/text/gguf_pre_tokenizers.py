@@ -72,10 +72,18 @@ _O200K = _camel_case(ending=f"{_ENGLISH_ENDINGS}?", digits=r"\p{N}{1,3}")
 _TEKKEN = _camel_case(ending="", digits=r"\p{N}")
 
 _DEEPSEEK_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼι"
-    "ῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
-    "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
+    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d"
+    "\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb"
+    "\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
+    "\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4"
+    "\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf"
+    "\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
+    "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
+"""Letters that have case, as escapes: some of them look like ASCII and are not."""
 _DEEPSEEK_CHINESE = _split("[一-龥ࠀ-一가-퟿]+")
 _DEEPSEEK_LLM = (
     _split("[\r\n]"),
@@ -112,24 +120,24 @@ _FALCON = (
 _BLOOM = _split(r" ?[^(\s|[.,!?…。，、।۔،])]+")
 
 _ROWS: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
-    (("gpt-2", "phi-2", "jais", "trillion", "exaone4", "granite-docling"), PreTokenizer(steps=(_GPT2_WORDS,))),
+    (
+        ("gpt-2", "phi-2", "jais", "trillion", "exaone4", "granite-docling", "gigachat", "a.x-4.0", "mellum"),
+        PreTokenizer(steps=(_GPT2_WORDS,)),
+    ),
     (("mpt", "olmo"), PreTokenizer(steps=(_GPT2_WORDS,), composes_characters=True)),
     (
-        ("smollm", "starcoder", "refact", "codeshell", "minerva-7b"),
+        ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"),
         PreTokenizer(steps=(_SINGLE_DIGITS, _GPT2_WORDS)),
     ),
-    (("command-r", "exaone"), PreTokenizer(steps=(_SINGLE_DIGITS, _GPT2_WORDS), composes_characters=True)),
+    (("command-r",), PreTokenizer(steps=(_SINGLE_DIGITS, _GPT2_WORDS), composes_characters=True)),
     (
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
         PreTokenizer(steps=(_LLAMA3, _BYTES), prefers_whole_words=True, adds_bos=True),
     ),
     (("dbrx", "smaug-bpe", "chatglm-bpe"), PreTokenizer(steps=(_LLAMA3, _BYTES))),
     (("glm4", "glm5"), PreTokenizer(steps=(_LLAMA3, _BYTES), prefers_whole_words=True)),
-    (
-        ("qwen2", "deepseek-r1-qwen", "megrez", "hunyuan", "solar-open"),
-        PreTokenizer(steps=(_QWEN2, _BYTES), composes_characters=True),
-    ),
-    (("stablelm2", "grok-2"), PreTokenizer(steps=(_QWEN2, _BYTES))),
+    (("qwen2", "deepseek-r1-qwen"), PreTokenizer(steps=(_QWEN2, _BYTES), composes_characters=True)),
+    (("stablelm2", "grok-2", "megrez", "hunyuan", "solar-open"), PreTokenizer(steps=(_QWEN2, _BYTES))),
     (("qwen35",), PreTokenizer(steps=(_QWEN35, _BYTES), composes_characters=True)),
     (("gpt-4o", "llama4", "kanana2"), PreTokenizer(steps=(_O200K, _BYTES))),
     (("minimax-m2",), PreTokenizer(steps=(_O200K, _BYTES), composes_characters=True)),

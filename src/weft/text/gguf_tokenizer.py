@@ -155,9 +155,10 @@ def _byte_level_bpe(metadata: GgufMetadata, vocabulary: _Vocabulary) -> _Parts:
     rule = PRE_TOKENIZERS.get(name or "")
     if rule is None:
         names = ", ".join(f"`{known}`" for known in sorted(PRE_TOKENIZERS))
+        fault = f"by the unknown rule `{name}`" if name else "by a rule that it does not name"
         raise StartupError(
-            f"The GGUF file cuts text into words by the rule `{name}` (tokenizer.ggml.pre); known are {names}. "
-            "Use the model's original repository, or a file made by a newer converter."
+            f"The GGUF file cuts text into words {fault} (tokenizer.ggml.pre); known are {names}. "
+            "Use a file made by a newer converter, or the model's original repository."
         )
     return _Parts(
         model=_bpe_model(vocabulary, _stored_merges(metadata, vocabulary), ignore_merges=rule.prefers_whole_words),

@@ -2,7 +2,13 @@
 
 The decoders of language-model tokenizers work token by token, except at the very start of a text, where some strip a
 space. Every completion continues a prompt, so in it a token always adds the same bytes, and the text is the UTF-8
-reading of the joined bytes. The table fills as tokens are met. ADR-0014 compares this with re-decoding a window.
+reading of the joined bytes. The table fills as tokens are met.
+
+`tokenizers.decoders.DecodeStream`, which decodes a growing window again and again, is not used: it keeps back the end
+of a text that is no UTF-8, needs quadratic time for a long run of such tokens (4,000: 2.3 s), and 0.49 µs for an
+ordinary token where this table needs 0.06. Two texts differ from the decoder of the library by intent: behind invalid
+byte tokens (`<0xF0>`) it takes back whole characters that a stream has already shown, and it writes one U+FFFD per
+byte where Unicode asks for one per broken character.
 """
 
 import json
@@ -111,7 +117,7 @@ def _from_byte_level(piece: Piece) -> Piece:
     if isinstance(piece, bytes):
         return piece
     try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+        return bytes(BYTE_ALPHABET[character] for character in piece)
     except KeyError:
         return piece
 
@@ -133,4 +139,5 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
 
 
-_BYTE_OF_CHARACTER = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
+"""Character in a byte-level vocabulary → the byte it stands for."""

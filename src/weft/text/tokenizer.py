@@ -63,8 +63,8 @@ class Tokenizer:
         try:
             # This form leaves out the offsets and releases the interpreter lock.
             encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
-            raise _not_unicode(error) from error
+        except TypeError as error:
+            raise _not_unicode(text) from error
         ids: list[int] = encodings[0].ids
         return ids
 
@@ -77,8 +77,8 @@ class Tokenizer:
         """Returns the tokens of `text` with their places in it. Raises as `encode`."""
         try:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
-            raise _not_unicode(error) from error
+        except TypeError as error:
+            raise _not_unicode(text) from error
         byte_offsets = _byte_offsets(text)
         return [
             TokenSpan(token_id, text[start:stop], byte_offsets[start], byte_offsets[stop])
@@ -157,7 +157,9 @@ def _byte_offsets(text: str) -> Sequence[int]:
     return list(accumulate((len(character.encode()) for character in text), initial=0))
 
 
-def _not_unicode(error: UnicodeEncodeError) -> ValidationError:
+def _not_unicode(text: str) -> ValidationError:
+    """Explains why the library did not take `text` for a string."""
+    place = next(index for index, character in enumerate(text) if "\ud800" <= character <= "\udfff")
     return ValidationError(
-        f"The text must be valid Unicode. Given: half of a surrogate pair at character {error.start}", field="inputs"
+        f"The text must be valid Unicode. Given: half of a surrogate pair at character {place}", field="inputs"
     )
