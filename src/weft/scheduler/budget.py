@@ -5,7 +5,8 @@ The scheduler has no clock. Each result brings the duration of its step, from wh
     duration ≈ decode(rows) + prefill tokens × cost of one token
 
 and `PrefillBudget` turns the inter-token target into a number of tokens. Old observations fade, one outlier counts
-no more than a few times what was expected, so neither a hiccup nor a change of load misleads it for long.
+no more than a few times what was expected, so neither a hiccup nor a change of load misleads it for long. A few
+tokens may cost no more than none (the weights are read anyway), so a chunk grows by steps, each one measured.
 """
 
 from weft.scheduler.config import SchedulerConfig
@@ -14,7 +15,8 @@ _DECAY = 0.95  # an observation loses half its weight in 14 steps
 _MAX_SURPRISE = 4.0  # a step counts at most as this many times its expected duration
 _MIN_SAMPLES_TO_CLIP = 4
 _MIN_TOKEN_NS = 1.0
-_UNLEARNED_PREFILL_TOKENS = 256  # beside running streams, before the first prefill was measured
+_TRUSTED_GROWTH = 4  # costs are not extrapolated beyond this many times the largest chunk measured lately
+_TRUSTED_TOKENS = 64  # …nor is less than this assumed to be known
 
 
 class StepCostModel:
@@ -30,11 +32,12 @@ class StepCostModel:
         self._num_prefill_samples = 0
         self._prefill_tokens = 0.0
         self._prefill_ns = 0.0
+        self._largest_chunk = 0.0
 
     @property
-    def has_seen_prefill(self) -> bool:
-        """At least one step with prompt tokens was observed."""
-        return self._num_prefill_samples > 0
+    def trusted_tokens(self) -> int:
+        """Largest chunk for which `prefill_token_ns` is more than a guess."""
+        return int(max(self._largest_chunk, _TRUSTED_TOKENS) * _TRUSTED_GROWTH)
 
     def decode_ns(self, num_rows: int) -> float:
         """Expected duration of a step of decode rows alone: a weighted regression line, never falling or negative."""
@@ -80,6 +83,7 @@ class StepCostModel:
         # A ratio of sums, not a mean of ratios: large chunks say more about the cost of a token than small ones.
         self._prefill_tokens = self._prefill_tokens * _DECAY + num_tokens
         self._prefill_ns = self._prefill_ns * _DECAY + own_ns
+        self._largest_chunk = max(self._largest_chunk * _DECAY, num_tokens)
 
 
 class PrefillBudget:
@@ -96,11 +100,9 @@ class PrefillBudget:
         limit = max(self._max_tokens - num_decode_rows, self._block_size)
         if num_decode_rows == 0 or self._target_ns is None:
             return limit
-        if not self.costs.has_seen_prefill:
-            return max(min(limit, _UNLEARNED_PREFILL_TOKENS), self._block_size)
         spare_ns = self._target_ns - self.costs.decode_ns(num_decode_rows)
         affordable = int(spare_ns / self.costs.prefill_token_ns())
-        return max(min(limit, affordable), self._block_size)
+        return max(min(limit, affordable, self.costs.trusted_tokens), self._block_size)
 
 
 def fit_chunk(position: int, num_remaining: int, limit_tokens: int, block_size_tokens: int) -> int:

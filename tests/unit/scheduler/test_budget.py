@@ -46,7 +46,7 @@ def make_taught_budget(*, target_ms: float | None = 80, token_us: float = 100, d
     budget = PrefillBudget(make_config(max_batch_prefill_tokens=4096, inter_token_target_ns=target_ns))
     for _ in range(20):
         budget.costs.observe(8, 0, int(decode_ms * MS))
-        budget.costs.observe(0, 1000, int(token_us * 1000 * 1000))
+        budget.costs.observe(0, 2000, int(token_us * 1000 * 2000))
     return budget
 
 
@@ -75,6 +75,21 @@ def test_before_anything_was_measured_the_chunk_is_modest() -> None:
     budget = PrefillBudget(make_config(max_batch_prefill_tokens=4096, inter_token_target_ns=80 * MS))
 
     assert budget.tokens(1) == 256
+
+
+def test_a_chunk_grows_by_measured_steps_when_few_tokens_cost_nothing() -> None:
+    """A device whose first 512 tokens are free: extrapolating from 64 would promise a chunk without end."""
+    budget = PrefillBudget(make_config(max_batch_prefill_tokens=8192, inter_token_target_ns=30 * MS))
+    budget.costs.observe(8, 0, 20 * MS)
+    chunks = []
+    for _ in range(40):
+        chunk = budget.tokens(8)
+        chunks.append(chunk)
+        budget.costs.observe(8, chunk, 20 * MS + max(chunk - 512, 0) * MS // 100)
+
+    assert chunks[:2] == [256, 1024]
+    assert max(chunks) < 2 * 1512  # the size that takes 30 ms
+    assert chunks[-1] == pytest.approx(1512, rel=0.02)
 
 
 def test_decode_cost_is_learnt_as_a_line() -> None:
