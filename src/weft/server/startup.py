@@ -46,6 +46,7 @@ DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
 MIN_TOTAL_TOKENS = 2
 WARMUP_TOKENS = 64
 RENDEZVOUS_TIMEOUT_S = 120.0
+PROGRESS_STEP_PERCENT = 10.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NS_PER_MS = 1_000_000
 
@@ -55,6 +56,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: list[tuple[str, float]] = []
+        self._announced = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -65,7 +67,10 @@ class PhaseTimer:
         self.seconds.append((name, time.monotonic() - begin))
 
     def progress(self, name: str, percent: float) -> None:
-        """Announce how far a phase has come, 0–100."""
+        """Announce how far a phase has come, 0–100; small steps are left out."""
+        if 0.0 < percent < self._announced + PROGRESS_STEP_PERCENT:
+            return
+        self._announced = percent
         log.info("startup.progress", phase=name, percent=round(percent, 1))
 
 
