@@ -120,7 +120,7 @@ def _declare_special_tokens(backend: tokenizers.Tokenizer, config: Json, special
     """
     extra_key = "extra_special_tokens" if config.get("extra_special_tokens") else "additional_special_tokens"
     listed = [entry for entry in _entries(config, "added_tokens_decoder") if isinstance(entry, dict)]
-    entries = [*_entries(config, extra_key), *(entry for entry in listed if entry.get("special"))]
+    entries = [*_entries(config, extra_key), *(entry for entry in listed if entry.get("special") is True)]
     texts = {*special_tokens.values(), *filter(None, map(_token_text, entries))}
     known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     missing = sorted(text for text in texts - known if backend.token_to_id(text) is not None)
@@ -129,11 +129,13 @@ def _declare_special_tokens(backend: tokenizers.Tokenizer, config: Json, special
 
 def _entries(config: Json, key: str) -> Iterable[object]:
     """Returns the values of the list or object under `key`, none when the key is missing."""
-    found = config.get(key) or []
-    if isinstance(found, dict):
-        return found.values()
-    if isinstance(found, list) and key != "added_tokens_decoder":
-        return found
+    match config.get(key):
+        case None:
+            return ()
+        case dict(named):
+            return named.values()
+        case list(entries):
+            return entries
     raise _wrong_shape(key)
 
 

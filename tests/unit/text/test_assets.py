@@ -164,7 +164,7 @@ def test_a_settings_file_that_is_no_object_is_an_error_that_names_it(model: Path
         {"chat_template": [{"name": "default"}]},
         {"chat_template": {"default": 1}},
         {"chat_template": ["x"]},
-        {"added_tokens_decoder": ["x"]},
+        {"added_tokens_decoder": "x"},
         {"extra_special_tokens": 7},
     ],
 )
