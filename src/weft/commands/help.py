@@ -47,10 +47,11 @@ def all_settings() -> str:
 def _row(name: str, option: Option) -> Iterator[str]:
     head = ", ".join(part for part in (option.short, option.flag) if part) or f"${option.env[0]}"
     placeholder = "|".join(option.choices) if option.choices else option.kind.placeholder
-    yield f"  {head} {placeholder}".rstrip() + f"  [{shown_default(name, option)}]"
-    variables = "" if option.flag is None else f" (${name.upper() if option.is_tgi else option.env[0]})"
+    heading = f"  {head} {placeholder}".rstrip()
+    yield heading if len(heading) <= _WIDTH else f"  {head} {option.kind.placeholder}"
+    variable = "" if option.flag is None else f" (${name.upper() if option.is_tgi else option.env[0]})"
     support = " Not supported yet." if option.works is not None and len(option.works) == 1 else ""
-    text = f"{option.help}.{support}{variables}"
+    text = f"{option.help}.{support} Default: {shown_default(name, option)}.{variable}"
     yield textwrap.fill(text, _WIDTH, initial_indent=" " * _INDENT, subsequent_indent=" " * _INDENT)
 
 

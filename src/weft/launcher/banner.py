@@ -39,6 +39,7 @@ def curl(settings: Settings) -> str:
     """A first request, ready to paste."""
     body = {
         "model": settings.shown_model_name,
+        "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
