@@ -120,6 +120,14 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
         describe(tmp_path / "text.txt")
 
 
+def test_an_unknown_gguf_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes({"general.architecture": string("rwkv7")}, [], b""))
+
+    with pytest.raises(ModelNotFoundError, match=r"architecture `rwkv7` is not supported. Supported: gemma2, gemma3,"):
+        describe(path)
+
+
 def test_yarn_stretches_the_context_that_the_file_left_unstretched(tmp_path: Path) -> None:
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 

@@ -9,8 +9,15 @@ from weft.errors import ModelNotFoundError
 from weft.models.weights.config_file import ModelConfig
 from weft.models.weights.gguf_file import GgmlType, GgufFile
 
-MODEL_TYPES = {"gemma3": "gemma3_text"}
-"""GGUF architecture → transformers' model_type, where the two differ."""
+MODEL_TYPES = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "llama": "llama",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""GGUF architecture → transformers' model_type. Mistral's files say `llama`."""
 
 SANDWICH_NORMS = frozenset({"gemma2", "gemma3"})
 """Architectures that norm before and after each block."""
@@ -45,9 +52,16 @@ def architecture(file: GgufFile) -> str:
 
 
 def config_from_metadata(file: GgufFile) -> ModelConfig:
-    """Return the model configuration that the metadata amounts to."""
+    """Return the model configuration that the metadata amounts to.
+
+    Raises   ModelNotFoundError: an architecture that is not in `MODEL_TYPES`; the message lists those that are
+    """
     arch = architecture(file)
-    values: dict[str, object] = {"model_type": MODEL_TYPES.get(arch, arch)}
+    if arch not in MODEL_TYPES:
+        raise ModelNotFoundError(
+            f"{file.name}: architecture `{arch[:80]}` is not supported. Supported: {', '.join(sorted(MODEL_TYPES))}."
+        )
+    values: dict[str, object] = {"model_type": MODEL_TYPES[arch]}
     for key, name in _KEYS.items():
         value = file.metadata.get(f"{arch}.{key}")
         if value is not None:
