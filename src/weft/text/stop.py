@@ -100,8 +100,10 @@ class StopMatcher:
             position += 1
             if state.match is not None:
                 self._prefer_leftmost(position - len(state.match), state.match)
-            # A suffix that begins at or before the match could still become a match to the left, or a longer one.
-            if self._match is not None and position - state.depth > self._match_start:
+            # A suffix that begins at or before the match could still become a match to the left, or a longer one;
+            # not when no stop string goes on behind it.
+            is_certain = not state.children or position - state.depth > self._match_start
+            if self._match is not None and is_certain:
                 self._is_decided = True
                 break
         self._state = state
