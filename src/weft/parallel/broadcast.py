@@ -187,16 +187,11 @@ class PlanReceiver:
         self._decoder = msgspec.msgpack.Decoder(StepPlan)
         self._num_read = 0
         self._doorbell = _connect(run_dir / _SOCKET_NAME, timeout_s)
-        try:
-            greeting, descriptors, _, _ = socket.recv_fds(self._doorbell, 2, 1)
-        except TimeoutError:
-            raise EngineFatal(f"rank 0 did not greet this rank within {timeout_s:.0f} s") from None
-        if len(greeting) < 2 or len(descriptors) != 1:
-            raise EngineFatal("rank 0 closed before it had greeted this rank")
+        greeting, descriptor = _greeting(self._doorbell, timeout_s)
         self._doorbell.settimeout(None)
         self._index, num_receivers = greeting
-        self._ring = _Ring(descriptors[0], num_receivers)
-        os.close(descriptors[0])
+        self._ring = _Ring(descriptor, num_receivers)
+        os.close(descriptor)
 
     def receive(self) -> StepPlan | None:
         """The next plan, in order; blocks until there is one. None: the sender took leave.
@@ -269,3 +264,18 @@ def _connect(path: Path, timeout_s: float) -> socket.socket:
             time.sleep(_RETRY_S)
         else:
             return doorbell
+
+
+def _greeting(doorbell: socket.socket, timeout_s: float) -> tuple[bytes, int]:
+    """What rank 0 says first: this receiver's place and the number of receivers, with the ring's descriptor."""
+    try:
+        greeting, descriptors, _, _ = socket.recv_fds(doorbell, 2, 1)
+    except TimeoutError:
+        doorbell.close()
+        raise EngineFatal(f"rank 0 did not greet this rank within {timeout_s:.0f} s") from None
+    except ConnectionResetError:
+        greeting, descriptors = b"", []
+    if len(greeting) < 2 or len(descriptors) != 1:
+        doorbell.close()
+        raise EngineFatal("rank 0 closed before it had greeted this rank")
+    return greeting, descriptors[0]
