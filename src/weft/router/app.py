@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Mapping
+from functools import cache
 
 import structlog
 from starlette.middleware.cors import CORSMiddleware
@@ -152,7 +153,8 @@ ROUTES: tuple[Route, ...] = (
 def build_app(context: RouterContext) -> ASGIApp:
     """The application of one router process."""
     table = RouteTable(ROUTES)
-    context.openapi = openapi.build_document(table.routes, context.version)
+    # Made when first asked for: most servers are never asked.
+    context.openapi = cache(lambda: openapi.build_document(table.routes, context.version))
     context.metrics.before_exposition(lambda: health.collect_gauges(context))
     cors = CORSMiddleware(
         Dispatch(context, table),

@@ -30,8 +30,8 @@ class RouterContext:
     compute_type: str = "cpu"
     """Header x-compute-type."""
     version: str = weft.__version__
-    openapi: bytes = b""
-    """The OpenAPI document; built with the route table."""
+    openapi: Callable[[], bytes] = bytes
+    """The OpenAPI document; `build_app` says how it is made."""
     num_connections: Callable[[], int] = lambda: 0
     """Open HTTP connections, as the server counts them."""
 

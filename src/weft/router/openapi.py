@@ -40,7 +40,7 @@ _ON_ALL_ROUTES = frozenset({401, 503})
 
 async def document(context: RouterContext, exchange: Exchange) -> None:
     """GET /openapi.json."""
-    await exchange.reply(200, context.openapi, headers=_CACHE)
+    await exchange.reply(200, context.openapi(), headers=_CACHE)
 
 
 async def docs(context: RouterContext, exchange: Exchange) -> None:

@@ -7,6 +7,8 @@ Body limits are in `body.py`.
 
 import asyncio
 import contextlib
+import socket
+import sys
 from collections.abc import Iterator
 from typing import cast
 
@@ -41,6 +43,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client that connects and says nothing has the same time as one that sends half a header."""
         super().connection_made(transport)
+        _let_dead_peers_go(transport)
         self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -134,6 +137,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self._refuse(RequestTimeoutError("The headers of the request came too slowly"))
+
+
+def _let_dead_peers_go(transport: asyncio.Transport) -> None:
+    """Have the kernel end connections whose peer is gone, or takes nothing of what we have already written."""
+    connection = transport.get_extra_info("socket")
+    if connection is None or connection.family == socket.AF_UNIX:
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        timeout_ms = int(2 * LIMITS.stream_stall_timeout_s * 1000)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
 
 
 def _too_large() -> HeadersTooLargeError:

@@ -73,10 +73,13 @@ class EventStream:
 
     async def write(self, frames: bytes) -> None:
         """Send frames. Raises ClientGoneError when the reader has taken nothing for too long."""
+        await self._write(frames, more_body=True)
+
+    async def _write(self, frames: bytes, *, more_body: bool) -> None:
         self.num_writes += 1
         self.is_writing = True
         try:
-            await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+            await self._send({"type": "http.response.body", "body": frames, "more_body": more_body})
         except asyncio.CancelledError:
             if not self._is_stalled or self._task is None:
                 raise
@@ -85,18 +88,18 @@ class EventStream:
         self.is_writing = False
 
     async def close(self, frames: bytes = b"") -> None:
-        """Send the last frames and end the stream."""
-        self._watch.remove(self)
+        """Send the last frames and end the stream. Raises ClientGoneError as `write` does."""
         self._exchange.end_stream = None
         self._exchange.is_complete = True
-        await self._send({"type": "http.response.body", "body": frames, "more_body": False})
+        await self._write(frames, more_body=False)
+        self._watch.remove(self)
 
     async def fail(self, error: RequestError) -> None:
         """End the stream by saying why, unless its reader does not even take that."""
         try:
             async with asyncio.timeout(LIMITS.stream_stall_timeout_s):
                 await self.close(self._end_frames(error))
-        except TimeoutError:
+        except (TimeoutError, ClientGoneError):
             self._exchange.abort_connection()
 
     def end_stalled(self) -> None:

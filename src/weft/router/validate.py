@@ -359,9 +359,15 @@ def _refuse_common_fields(body: SamplingFields) -> None:
 
 def _refuse_chat_fields(body: ChatRequest) -> None:
     _refuse_common_fields(body)
+    given = {
+        "functions": bool(body.functions),
+        "function_call": is_given(body.function_call),
+        "audio": is_given(body.audio),
+        "web_search_options": is_given(body.web_search_options),
+        "chat_template": body.chat_template is not None,
+    }
     for name, text in _CHAT_REFUSALS.items():
-        value = getattr(body, name)
-        if value is not None and value != [] and (not hasattr(value, "copy") or is_given(value)):
+        if given[name]:
             raise NotSupportedError(text, field=name)
     if body.tools:
         raise NotSupportedError("`tools` is not supported yet; leave it out", field="tools")

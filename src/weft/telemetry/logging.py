@@ -50,7 +50,11 @@ def configure(
     if json_output:
         processors.append(structlog.processors.JSONRenderer())
     else:
-        processors += (_escape_controls, structlog.dev.ConsoleRenderer(colors=target.isatty(), pad_event_to=24))
+        # Not the rich traceback: it shows local variables, and those hold prompts and keys.
+        console = structlog.dev.ConsoleRenderer(
+            colors=target.isatty(), pad_event_to=24, exception_formatter=structlog.dev.plain_traceback
+        )
+        processors += (_escape_controls, console)
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(number),
