@@ -12,8 +12,8 @@ _INDENT = 10
 _HEAD = """\
 usage: weft serve [MODEL] [--setting value …]     (also: text-generation-launcher)
 
-Serve a model over HTTP. MODEL is a directory, a .gguf file, a hub id, or a package-registry reference; without
-one, a small chat model is downloaded and served.
+Serve a model over HTTP. MODEL is a directory, a .gguf file, a hub id, or a package-registry
+reference; without one, a small chat model is downloaded and served.
 """
 
 _EXAMPLES = """

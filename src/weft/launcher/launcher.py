@@ -30,7 +30,8 @@ from weft.telemetry import logging as weft_logging
 
 _STARTUP_EXIT_CODES = {cls.exit_code for cls in StartupError.__subclasses__()}
 _SHARD_STOP_S = 5.0
-_SECONDS_BETWEEN_PROGRESS_LINES = 5.0
+_ROUTER_READY_S = 10.0
+_SECONDS_BETWEEN_PROGRESS_LINES = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ class Launcher:
         self._all_ready = asyncio.Event()
         self._first_word_at: float | None = None
         self._state: dict[str, object] = {}
-        self._progress_shown_at = -_SECONDS_BETWEEN_PROGRESS_LINES
-        self._phase_shown = ""
+        self._router_ready = asyncio.Event()
+        self._progress_shown_at = started
         self._download_s = 0.0
         self._is_stopping = False
         self._stop_asked = asyncio.Event()
@@ -102,7 +103,7 @@ class Launcher:
         """From nothing to ready to stopped. `present` is the model if no download is needed."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-        save_settings(self._run_dir, self._settings)
+        self._save_settings()
         self._become("loading", phase="start")
         stop = asyncio.create_task(self._stop_asked.wait())
         keepers = {asyncio.create_task(self._keep_router()), asyncio.create_task(self._keep_shards(present))}
@@ -134,6 +135,11 @@ class Launcher:
             self._hurry_asked.set()
         self._stop_asked.set()
 
+    def _save_settings(self) -> None:
+        """Write the settings for the children; they must report readiness even when a user wants warnings only."""
+        level = "debug" if self._settings.log_level == "debug" else "info"
+        save_settings(self._run_dir, dataclasses.replace(self._settings, log_level=level))
+
     async def _keep_router(self) -> None:
         """Start the router, and again when it dies. Raises ChildFailed."""
         policy = RestartPolicy(self._settings.max_quick_failures)
@@ -156,7 +162,7 @@ class Launcher:
         """Obtain the model, start the shard group, and start it again when a member dies. Raises ChildFailed."""
         model = present or await self._fetch()
         self._settings = dataclasses.replace(self._settings, model_path=str(model.path), model_sha=model.sha)
-        save_settings(self._run_dir, self._settings)
+        self._save_settings()
         policy = RestartPolicy(self._settings.max_quick_failures)
         is_first_start = True
         while True:
@@ -166,9 +172,9 @@ class Launcher:
             dead = await self._first_dead(until=self._all_ready)
             ready_at = time.monotonic()
             if dead is None:
-                self._become("ready", phase="ready", percent=100)
+                await self._open_router()
                 if is_first_start:
-                    self._announce(began, ready_at)
+                    self._announce(began, time.monotonic())
                 else:
                     self._log.info("server.ready_again", seconds=round(ready_at - began, 2))
                 dead = await self._first_dead_or_stalled()
@@ -186,6 +192,7 @@ class Launcher:
         """Run the download process. Raises ChildFailed."""
         began = time.monotonic()
         self._become("loading", phase="download")
+        self._log.info("startup.download", model=self._settings.shown_model_name)
         self._download = await Child.start(
             ChildSpec(
                 name="download",
@@ -226,6 +233,13 @@ class Launcher:
             )
             for rank in range(world_size)
         ]  # fmt: skip
+
+    async def _open_router(self) -> None:
+        """Let clients in, and wait until they are: the banner must not promise what the next request finds untrue."""
+        self._router_ready.clear()
+        self._become("ready", phase="ready", percent=100)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._router_ready.wait(), timeout=_ROUTER_READY_S)
 
     async def _first_dead(self, until: asyncio.Event) -> Child | None:
         """The first shard to end; None when `until` comes first."""
@@ -301,6 +315,8 @@ class Launcher:
             sha = event.get("sha")
             self._found = FetchedModel(Path(str(event["path"])), str(sha) if sha else None)
         else:
+            if event["event"] == "router.ready":
+                self._router_ready.set()
             self._relay.show_event(child.name, rank, line, event)
 
     def _on_progress(self, event: Event) -> None:
@@ -309,8 +325,8 @@ class Launcher:
         percent = round(percent) if isinstance(percent, int | float) else 0
         self._become("loading", phase=phase, percent=percent, message=message)
         now = time.monotonic()
-        if phase != self._phase_shown or now - self._progress_shown_at > _SECONDS_BETWEEN_PROGRESS_LINES:
-            self._phase_shown, self._progress_shown_at = phase, now
+        if now - self._progress_shown_at > _SECONDS_BETWEEN_PROGRESS_LINES:
+            self._progress_shown_at = now
             fields = {"message": message} if message else {}
             self._log.info("startup.progress", phase=phase, percent=percent, **fields)
 

@@ -37,13 +37,14 @@ class LogRelay:
     def __init__(self, settings: Settings, stream: TextIO | None = None) -> None:
         self._is_json = settings.json_output
         self._shows_all = settings.log_level == "debug"
+        self._least_level = LEVELS[settings.log_level]
         self._stream = stream if stream is not None else sys.stderr
         self._log = structlog.get_logger()
 
     def show_event(self, child: str, rank: int | None, line: str, event: Event) -> None:
         """Pass on an event of a child; `rank` is that of a shard."""
-        level = str(event.get("level", "info"))
-        if rank and not self._shows_all and LEVELS.get(level, 0) < LEVELS["warning"]:
+        level = LEVELS.get(str(event.get("level")), LEVELS["info"])
+        if level < self._least_level or (rank and not self._shows_all and level < LEVELS["warning"]):
             return
         if self._is_json:
             self._stream.write(line + "\n")
@@ -51,7 +52,7 @@ class LogRelay:
             return
         fields = {str(key): value for key, value in event.items() if key not in ENVELOPE_FIELDS}
         process = str(event.get("process", child))
-        self._log.log(LEVELS.get(level, LEVELS["info"]), str(event["event"]), process=process, **fields)
+        self._log.log(level, str(event["event"]), process=process, **fields)
 
     def show_text(self, child: str, line: str) -> None:
         """A line that is no event: shown at once to those who debug."""

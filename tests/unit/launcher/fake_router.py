@@ -2,13 +2,14 @@
 
 import json
 import os
+import select
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 RECORD = Path(os.environ["FAKE_RECORD"])
+STDIN = 0
 
 
 def record(**entry: object) -> None:
@@ -16,21 +17,33 @@ def record(**entry: object) -> None:
         stream.write(json.dumps({"who": "router", "pid": os.getpid(), **entry}) + "\n")
 
 
+def read_states() -> None:
+    """Take down what is in the pipe now; every line was written at once."""
+    text = os.read(STDIN, 65536).decode()
+    for line in text.splitlines():
+        state = json.loads(line)
+        record(event="state", **state)
+        if state["state"] == "ready":
+            sys.stderr.write('{"event": "router.ready", "level": "info"}\n')
+    if not text:
+        record(event="end of file")
+        sys.exit(0)
+
+
 def main() -> None:
-    draining = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: draining.set())
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     record(event="started", argv=sys.argv[1:], environ=sorted(os.environ))
     if os.environ.get("FAKE_ROUTER", "").startswith("exit:"):
         sys.exit(int(os.environ["FAKE_ROUTER"].removeprefix("exit:")))
-
-    def read_states() -> None:
-        for line in sys.stdin:
-            record(event="state", **json.loads(line))
-        record(event="end of file")
-        os._exit(0)
-
-    threading.Thread(target=read_states, daemon=True).start()
-    draining.wait()
+    while True:
+        readable, _, _ = select.select([STDIN, woken], [], [])
+        if STDIN in readable:
+            read_states()
+        elif woken in readable:
+            break
     record(event="draining")
     time.sleep(float(os.environ.get("FAKE_DRAIN_S", "0")))
     record(event="stopped")
