@@ -29,6 +29,9 @@ from weft.scheduler import invariants
 from weft.scheduler.config import SchedulerConfig
 from weft.scheduler.scheduler import MAX_OPEN_PLANS, Scheduler
 
+MAX_RESTARTS = 5
+"""More in one world would let a prompt that is computed token by token never finish."""
+
 MAX_STEPS = 4000
 """Far more than any world needs: reaching it means that somebody starves."""
 
@@ -75,6 +78,7 @@ class World:
             max_batch_size=random.choice((None, None, None, random.randint(1, 8))),
             max_queue_requests=random.choice((3, 1000, 1000)),
             prefix_caching=random.random() < 0.8,
+            growth_reserve_blocks=random.choice((0, 0, 1, 2)),
             inter_token_target_ns=random.choice((None, 3_000, 30_000)),
         )
         return cls(
@@ -158,7 +162,7 @@ class Simulation:
             self._send(self._draw_request())
         if self._clients and random.random() < world.p_abort:
             self._abort(random.choice(list(self._clients)))
-        if random.random() < world.p_restart:
+        if random.random() < world.p_restart and self.report.num_restarts < MAX_RESTARTS:
             self._restart()
         if random.random() < world.p_poison:
             self.executor.poison(random.randrange(world.config.usable_blocks))

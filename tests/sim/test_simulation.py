@@ -58,8 +58,14 @@ def test_worlds_are_hostile_enough_to_mean_something() -> None:
     assert sum(report.num_finished for report in reports) > 300
 
 
-def restart_before_the_pending_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sequence, "may_start", property(lambda self: True))
+def forget_the_token_in_flight_of_a_preempted_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Sequence.rewind
+
+    def rewind(self: Sequence) -> None:
+        original(self)
+        self.num_expected = len(self.token_ids)
+
+    monkeypatch.setattr(Sequence, "rewind", rewind)
 
 
 def free_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +152,7 @@ def never_start_a_second_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CANARIES: list[Callable[[pytest.MonkeyPatch], None]] = [
-    restart_before_the_pending_token_is_known,
+    forget_the_token_in_flight_of_a_preempted_sequence,
     free_shared_blocks,
     leak_a_block_of_aborted_requests,
     ignore_the_tokens_before_a_block,

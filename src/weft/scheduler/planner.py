@@ -65,6 +65,7 @@ class Planner:
         self._budget = budget
         self._size = config.block_size_tokens
         self._max_running = config.max_running
+        self._growth_reserve = config.growth_reserve_blocks
 
     def draft(self, now_ns: int) -> Draft:
         """Rows for everybody who can go on. No rows: nothing to do."""
@@ -197,12 +198,19 @@ class Planner:
     def _fits(self, sequence: Sequence, hits: list[BlockId], num_promised: int) -> bool:
         """Memory for every known token of a newcomer, beside what started prompts still need.
 
-        Each running sequence keeps a block to grow into, or the newcomer would soon be preempted again.
+        Running sequences keep blocks to grow into, or the newcomer would soon be preempted again.
         """
-        pool, index = self._roster.pool, self._roster.index
+        pool, index, running = self._roster.pool, self._roster.index, self._roster.running
         num_new = self._blocks_for(sequence.num_expected) - len(hits)
         num_revived = sum(index.is_evictable(block_id) for block_id in hits)
-        return num_new + num_revived + num_promised + len(self._roster.running) <= pool.num_available
+        num_spare = pool.num_available - num_new - num_revived - num_promised
+        if num_spare < 0 or num_spare >= self._growth_reserve * len(running):
+            return num_spare >= 0
+        return num_spare >= sum(map(self._growth_blocks, running))
+
+    def _growth_blocks(self, sequence: Sequence) -> int:
+        """Blocks kept for a running sequence; none that it cannot use any more."""
+        return min(self._blocks_for(sequence.max_tokens - 1) - len(sequence.block_ids), self._growth_reserve)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._size)

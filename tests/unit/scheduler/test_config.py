@@ -12,6 +12,7 @@ from tests.unit.scheduler.builders import make_config
         ("max_batch_prefill_tokens", 0),
         ("max_total_tokens", 1),
         ("max_queue_requests", -1),
+        ("growth_reserve_blocks", -1),
         ("max_batch_size", 0),
         ("max_batch_total_tokens", 3),
         ("inter_token_target_ns", 0),

@@ -50,7 +50,7 @@ def test_aborting_a_decode_frees_its_slot_at_once() -> None:
 
 def test_aborting_a_preempted_sequence_drops_the_token_in_flight() -> None:
     crank = Crank(num_blocks=5, max_total_tokens=20)
-    crank.add(make_request(0, prompt=7, max_new_tokens=9), make_request(1, prompt=7, max_new_tokens=9))
+    crank.add(make_request(0, prompt=7, max_new_tokens=5), make_request(1, prompt=7, max_new_tokens=5))
     crank.step()
     crank.must_plan()
     crank.must_plan()
@@ -120,7 +120,7 @@ def test_blocks_of_a_row_that_is_not_a_number_leave_the_prefix_index() -> None:
 
 def test_blocks_of_a_preempted_sequence_leave_the_index_when_its_open_row_was_not_a_number() -> None:
     crank = Crank(num_blocks=5, max_total_tokens=20)
-    crank.add(make_request(0, prompt=7, max_new_tokens=9), make_request(1, prompt=7, max_new_tokens=9))
+    crank.add(make_request(0, prompt=7, max_new_tokens=5), make_request(1, prompt=7, max_new_tokens=5))
     crank.step()
     crank.must_plan()
     crank.must_plan()
@@ -131,7 +131,7 @@ def test_blocks_of_a_preempted_sequence_leave_the_index_when_its_open_row_was_no
 
     assert not crank.scheduler.index.match(preempted.block_digests)
     crank.run()
-    assert len(crank.tokens_of(1)) == 9
+    assert len(crank.tokens_of(1)) == 5
 
 
 def test_the_row_planned_behind_a_failed_one_is_dropped() -> None:

@@ -31,7 +31,7 @@ def test_a_lower_priority_gives_way_even_if_it_came_first() -> None:
 
 def fill_up(crank: Crank) -> None:
     """Two sequences, one block short of going on: the next plan must preempt request 1."""
-    crank.add(make_request(0, prompt=7, max_new_tokens=9), make_request(1, prompt=7, max_new_tokens=9))
+    crank.add(make_request(0, prompt=7, max_new_tokens=5), make_request(1, prompt=7, max_new_tokens=5))
     crank.step()
     assert crank.scheduler.pool.num_available == 1
 
@@ -93,12 +93,12 @@ def test_a_preempted_sequence_finds_its_blocks_in_the_prefix_index_again() -> No
 
 def test_a_preempted_sequence_keeps_its_place_past_its_deadline() -> None:
     crank = Crank(num_blocks=5, max_total_tokens=20)
-    crank.add(make_request(0, prompt=7, max_new_tokens=9), make_request(1, prompt=7, max_new_tokens=9, deadline_ns=9))
+    crank.add(make_request(0, prompt=7, max_new_tokens=5), make_request(1, prompt=7, max_new_tokens=5, deadline_ns=9))
 
     crank.run()
 
     assert crank.scheduler.stats().num_preemptions == 1
-    assert len(crank.tokens_of(1)) == 9
+    assert len(crank.tokens_of(1)) == 5
 
 
 def test_prompt_logprobs_come_once_and_complete_when_the_prefill_was_preempted() -> None:

@@ -126,7 +126,7 @@ def test_prompts_around_a_block_border_finish(prompt: int) -> None:
 
 
 def test_max_new_tokens_is_never_reserved() -> None:
-    crank = Crank(num_blocks=8, max_total_tokens=40)
+    crank = Crank(num_blocks=12, max_total_tokens=40)  # 32 blocks for the whole of four lives
     for request_id in range(4):
         crank.add(make_request(request_id, prompt=3, max_new_tokens=29))
 
