@@ -4,10 +4,13 @@ Tolerance: 2e-5 of the largest logit. Both sides sum a few hundred float32 produ
 frequency, window, norm or row order is off by 1e-2 and more.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +136,32 @@ def test_ranks_together_equal_one_alone(checkpoint: Checkpoint, world_size: int)
     logits = [driver.step([(sequence, size)])[0] for size in (30, 13, 1)]
 
     assert_close(torch.cat(logits), checkpoint.expected(token_ids))
+
+
+def test_the_spelling_of_transformers_4_means_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Most files on the hub were written before `rope_parameters` and `layer_types` existed."""
+    written = describe(checkpoint.directory)
+    config = json.loads((checkpoint.directory / "config.json").read_text())
+    shutil.copytree(checkpoint.directory, tmp_path, dirs_exist_ok=True)
+
+    (tmp_path / "config.json").write_text(json.dumps(in_old_spelling(config)))
+
+    assert describe(tmp_path).spec == written.spec
+
+
+def in_old_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    old = {key: value for key, value in config.items() if key not in {"layer_types", "rope_parameters"}}
+    rope = config["rope_parameters"]
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    old["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope["rope_type"] != "default":
+        scaling = {key: value for key, value in rope.items() if key not in {"rope_theta", "rope_type"}}
+        old["rope_scaling"] = {"type": rope["rope_type"], **scaling}
+    return old
 
 
 def test_every_family_file_has_a_row() -> None:
