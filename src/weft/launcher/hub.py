@@ -85,6 +85,7 @@ def fetch_from_hub(
         _check_space(hub, wanted)
         with _progress_reported(hub, wanted, report):
             _fetch_all(hub, commit, wanted, retry)
+    hub.remember(commit)
     report(Progress(100, f"{repository} is complete"))
     snapshot = hub.folder / "snapshots" / commit
     return FetchedModel(snapshot / file_name if file_name else snapshot, commit)
@@ -125,6 +126,13 @@ class _Hub:
                 force_download=force,
             )
         )
+
+    def remember(self, commit: str) -> None:
+        """Note what the revision meant, for starts without network. Only a complete download is worth it."""
+        reference = self.folder / "refs" / self.revision
+        if self.revision != commit:
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(commit)
 
     def blob(self, file: HubFile) -> Path:
         """Where the cache keeps the bytes of a file."""
