@@ -1,0 +1,199 @@
+"""The clients that people have: openai, huggingface_hub, and TGI's own text_generation."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+from openai.types.chat import ChatCompletionUserMessageParam
+from tests.e2e.harness import RunningServer
+
+pytestmark = pytest.mark.e2e
+
+QUESTION: ChatCompletionUserMessageParam = {"role": "user", "content": "What is the capital of France?"}
+PROMPT = "The capital of France is"
+
+TEXT_GENERATION = "text-generation==0.7.0"
+"""TGI's last client. Installed apart: it asks for an older huggingface_hub than ours, which it does not need."""
+
+
+@pytest.fixture
+def openai_client(running_server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running_server.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+class TestOpenAI:
+    def test_chat(self, openai_client: openai.OpenAI) -> None:
+        answer = openai_client.chat.completions.create(
+            model="SmolLM2-135M-Instruct", messages=[QUESTION], temperature=0, max_completion_tokens=24
+        )
+
+        assert "Paris" in (answer.choices[0].message.content or "")
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage is not None
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+        assert answer.id.startswith("chatcmpl-")
+
+    def test_chat_stream_with_usage(self, openai_client: openai.OpenAI) -> None:
+        stream = openai_client.chat.completions.create(
+            model="tgi",
+            messages=[QUESTION],
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert "Paris" in text
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+    def test_log_probabilities(self, openai_client: openai.OpenAI) -> None:
+        answer = openai_client.chat.completions.create(
+            model="tgi", messages=[QUESTION], temperature=0, max_tokens=3, logprobs=True, top_logprobs=3
+        )
+
+        assert answer.choices[0].logprobs is not None
+        content = answer.choices[0].logprobs.content
+        assert content is not None
+        assert len(content) == 3
+        for place in content:
+            assert place.logprob <= 0
+            assert len(place.top_logprobs) == 3
+            assert place.top_logprobs[0].token == place.token, "greedy takes the likeliest token"
+            assert bytes(place.bytes or []).decode() == place.token
+
+    def test_completions_of_several_prompts_keep_their_order(self, openai_client: openai.OpenAI) -> None:
+        prompts = [PROMPT, "The opposite of black is", PROMPT]
+
+        answer = openai_client.completions.create(model="tgi", prompt=prompts, temperature=0, max_tokens=4)
+
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        assert answer.choices[0].text == answer.choices[2].text
+        assert "Paris" in answer.choices[0].text
+        assert "white" in answer.choices[1].text
+
+    def test_completion_stream(self, openai_client: openai.OpenAI) -> None:
+        whole = openai_client.completions.create(model="tgi", prompt=PROMPT, temperature=0, max_tokens=6)
+        stream = openai_client.completions.create(model="tgi", prompt=PROMPT, temperature=0, max_tokens=6, stream=True)
+
+        chunks = list(stream)
+
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+        assert chunks[-1].choices[0].finish_reason == "length"
+
+    def test_a_stop_string_ends_the_answer_and_is_cut_off(self, openai_client: openai.OpenAI) -> None:
+        answer = openai_client.completions.create(
+            model="tgi", prompt="1, 2, 3, 4, 5,", temperature=0, max_tokens=40, stop=" 9"
+        )
+
+        assert answer.choices[0].finish_reason == "stop"
+        assert " 8" in answer.choices[0].text
+        assert "9" not in answer.choices[0].text
+
+    def test_models(self, openai_client: openai.OpenAI) -> None:
+        names = [model.id for model in openai_client.models.list()]
+
+        assert "SmolLM2-135M-Instruct" in names
+        assert openai_client.models.retrieve(names[0]).id == names[0]
+
+    def test_an_unknown_model_is_not_found(self, openai_client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError) as caught:
+            openai_client.chat.completions.create(model="gpt-4o", messages=[QUESTION])
+
+        assert caught.value.code == "model_not_found"
+
+    def test_a_bad_field_is_named(self, openai_client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            openai_client.chat.completions.create(model="tgi", messages=[QUESTION], temperature=3)
+
+        assert caught.value.param == "temperature"
+
+
+class TestHuggingFaceHub:
+    def test_text_generation_posts_to_the_root(self, running_server: RunningServer) -> None:
+        client = InferenceClient(model=running_server.base_url)
+
+        text = client.text_generation(PROMPT, max_new_tokens=6, return_full_text=False)
+
+        assert "Paris" in text
+
+    def test_text_generation_details_and_stream(self, running_server: RunningServer) -> None:
+        client = InferenceClient(model=running_server.base_url)
+
+        whole = client.text_generation(PROMPT, max_new_tokens=6, details=True, return_full_text=False)
+        events = list(client.text_generation(PROMPT, max_new_tokens=6, details=True, stream=True))
+
+        assert whole.details is not None
+        assert whole.details.finish_reason == "length"
+        assert [event.token.id for event in events] == [token.id for token in whole.details.tokens]
+        assert events[-1].generated_text == whole.generated_text
+
+    def test_chat(self, running_server: RunningServer) -> None:
+        client = InferenceClient(base_url=running_server.base_url)
+
+        answer = client.chat_completion([{"role": "user", "content": str(QUESTION["content"])}], temperature=0)
+        chunks = client.chat_completion(
+            [{"role": "user", "content": str(QUESTION["content"])}], temperature=0, stream=True
+        )
+
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert "Paris" in (answer.choices[0].message.content or "")
+        assert text == answer.choices[0].message.content
+
+
+SCRIPT = """
+import json, sys
+from text_generation import Client, errors
+client = Client(sys.argv[1], timeout=60)
+prompt = "The capital of France is"
+whole = client.generate(prompt, max_new_tokens=6)
+events = list(client.generate_stream(prompt, max_new_tokens=6))
+try:
+    client.generate(prompt, max_new_tokens=6, truncate=10**9)
+    refused = "no"
+except errors.ValidationError as error:
+    refused = str(error)
+print(json.dumps({
+    "text": whole.generated_text,
+    "ids": [token.id for token in whole.details.tokens],
+    "reason": whole.details.finish_reason.value,
+    "streamed_ids": [event.token.id for event in events],
+    "streamed_text": events[-1].generated_text,
+    "refused": refused,
+}))
+"""
+
+
+def test_text_generation_client(running_server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+    wheels = tmp_path_factory.mktemp("wheels")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), TEXT_GENERATION],
+        check=True,
+    )
+    [wheel] = Path(wheels).glob("*.whl")
+
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, running_server.base_url],
+        env={"PYTHONPATH": str(wheel), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stderr
+    import json
+
+    said = json.loads(done.stdout)
+    assert "Paris" in said["text"]
+    assert said["reason"] == "length"
+    assert said["streamed_ids"] == said["ids"]
+    assert said["streamed_text"] == said["text"]
+    assert "truncate" in said["refused"]
