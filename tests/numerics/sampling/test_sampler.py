@@ -238,11 +238,10 @@ def test_a_short_history_beside_a_long_one_is_not_padded() -> None:
     assert beside.top_tokens[0] == alone.top_tokens[0]
 
 
-def test_tokens_appended_one_by_one_count_as_those_known_from_the_start() -> None:
+@pytest.mark.parametrize("style", PenaltyStyle)
+def test_tokens_appended_one_by_one_count_as_those_known_from_the_start(style: PenaltyStyle) -> None:
     logits = random_logits(1, VOCAB)
-    sampling = SamplingParams(
-        repetition_penalty=1.3, frequency_penalty=0.8, top_n_tokens=20, penalty_style=PenaltyStyle.OPENAI
-    )
+    sampling = SamplingParams(repetition_penalty=1.3, frequency_penalty=0.8, top_n_tokens=20, penalty_style=style)
     draw = random.Random(0)
     known = tuple(draw.randrange(VOCAB) for _ in range(30))
     later = tuple(draw.randrange(VOCAB) for _ in range(600))

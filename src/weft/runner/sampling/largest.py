@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-
 _TORCH_IS_FASTER_UP_TO = 64
 
 
