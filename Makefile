@@ -43,7 +43,7 @@ test: $(INSTALLED_DEV) ## all tests
 	@$(BIN)/pytest -q -n auto --dist loadgroup $(ARGS) tests
 
 check: $(INSTALLED_DEV) ## format, lint, types, imports, spelling, generated files
-	@$(MAKE) -j4 --output-sync=target check-format check-lint check-types check-public-types check-imports \
+	@$(MAKE) -j4 --keep-going --output-sync=target check-format check-lint check-types check-public-types check-imports \
 		check-spelling check-generated
 	@echo "check: all good"
 

@@ -121,10 +121,17 @@ def test_a_flag_is_read(argv: list[str], name: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("alias", "value", "name"),
-    [("--max-model-len", "4096", "max_total_tokens"), ("--tensor-parallel-size", "2", "num_shard"),
-     ("-tp", "2", "num_shard"), ("--host", "127.0.0.1", "hostname"), ("--max-num-seqs", "8", "max_batch_size"), ("--model", "m", "model_id"),
-     ("--block-size", "16", "block_size_tokens"), ("--download-dir", "/x", "huggingface_hub_cache")],
-)  # fmt: skip
+    [
+        ("--max-model-len", "4096", "max_total_tokens"),
+        ("--tensor-parallel-size", "2", "num_shard"),
+        ("-tp", "2", "num_shard"),
+        ("--host", "127.0.0.1", "hostname"),
+        ("--max-num-seqs", "8", "max_batch_size"),
+        ("--model", "m", "model_id"),
+        ("--block-size", "16", "block_size_tokens"),
+        ("--download-dir", "/x", "huggingface_hub_cache"),
+    ],
+)
 def test_another_servers_flag_works_and_its_name_here_is_said(alias: str, value: str, name: str) -> None:
     resolution = resolve_with_origins([alias, value], HOME)
 
