@@ -40,8 +40,8 @@ from weft.router.validate import (
     fit_openai,
 )
 
-TGI_MODEL_NAME = "tgi"
-"""The name by which TGI's clients call whatever is served."""
+PLACEHOLDER_NAMES = ("", "tgi", "dummy")
+"""What clients of TGI call whatever is served: `tgi` by its documentation, `dummy` by huggingface_hub."""
 
 
 @dataclass(slots=True)
@@ -230,7 +230,7 @@ def _head(prefix: str, context: RouterContext, body: SamplingFields, model: Serv
     """Checks the model's name, too. Raises ModelNotServedError."""
     asked = body.model
     names = _names(context)
-    is_known = asked in (None, "", TGI_MODEL_NAME) or asked in names or context.settings.any_model_name
+    is_known = asked in PLACEHOLDER_NAMES or asked in names or context.settings.any_model_name
     if asked is not None and not is_known:
         raise _unknown_model(asked, context)
     return AnswerHead(

@@ -94,6 +94,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """The application takes over."""
         self._is_reading_headers = False
         self._stop_header_timer()
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            self._stop_parsing(BadRequestError("Only HTTP/1.0 and HTTP/1.1 are spoken here"))
         cast("dict[str, object]", self.scope)[ABORT_KEY] = self.transport.abort
         super().on_headers_complete()
 
