@@ -13,7 +13,7 @@ from tests.numerics.gguf_files import K_TYPES, QUANTIZABLE, SCALE_OFFSETS, rando
 from tests.numerics.paged_driver import PagedDriver, SharedExchange, ThreadedGroup
 
 from weft.models.decoder import load_decoder
-from weft.models.quant.gguf_blocks import dequantize
+from weft.models.quant.gguf_blocks import dequantize_into
 from weft.models.quant.gguf_source import GgufSource
 from weft.models.registry import describe
 from weft.models.weights.gguf_file import GgmlType
@@ -76,7 +76,7 @@ def assert_file_equals(path: Path, model: torch.nn.Module, held: dict[str, torch
 def test_every_bit_pattern_decodes_to_the_reference_numbers(kind: str) -> None:
     raw = random_blocks(kind, rows=24, columns=512, seed=1)
 
-    decoded = dequantize(torch.from_numpy(raw), GgmlType[kind], torch.float32)
+    decoded = decode(raw, kind, torch.float32)
 
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
     assert decoded.numpy().view(np.uint32).tolist() == expected.view(np.uint32).tolist()
@@ -84,11 +84,17 @@ def test_every_bit_pattern_decodes_to_the_reference_numbers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SCALE_OFFSETS)
 def test_decoding_into_bfloat16_rounds_the_float32_numbers_once(kind: str) -> None:
-    raw = torch.from_numpy(random_blocks(kind, rows=4, columns=256, seed=2))
+    raw = random_blocks(kind, rows=4, columns=512, seed=2)
 
-    decoded = dequantize(raw, GgmlType[kind], torch.bfloat16)
+    decoded = decode(raw, kind, torch.bfloat16)
 
-    assert torch.equal(decoded, dequantize(raw, GgmlType[kind], torch.float32).to(torch.bfloat16))
+    assert torch.equal(decoded, decode(raw, kind, torch.float32).to(torch.bfloat16))
+
+
+def decode(raw: np.ndarray, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    decoded = torch.empty(len(raw), 512, dtype=dtype)
+    dequantize_into(decoded, torch.from_numpy(raw), GgmlType[kind])
+    return decoded
 
 
 @pytest.mark.parametrize("kind", [*FLOATS, *QUANTIZABLE, *K_TYPES])
@@ -126,9 +132,10 @@ def test_a_slice_reads_the_same_numbers_as_the_whole(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", random_model(WIDE), kind="Q5_1")
     source = GgufSource(tmp_path / "model.gguf")
     name = "model.layers.1.mlp.down_proj.weight"
-    whole = source.read(name, Span(0, 256), None, torch.float32)
+    whole, part = torch.empty(256, 512), torch.empty(12, 91)
+    source.read_into(whole, name, Span(0, 256), None)
 
-    part = source.read(name, Span(5, 17), Span(40, 131), torch.float32)
+    source.read_into(part, name, Span(5, 17), Span(40, 131))
 
     source.close()
     assert torch.equal(part, whole[5:17, 40:131])

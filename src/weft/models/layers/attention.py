@@ -4,7 +4,7 @@ import torch
 
 from weft.kernels import ops
 from weft.models.forward_batch import ForwardBatch, LayerKv
-from weft.models.layers.linear import RowParallelLinear, load_fused_rows
+from weft.models.layers.linear import RowParallelLinear
 from weft.models.layers.norm import RmsNorm
 from weft.models.layers.reader import WeightReader
 from weft.models.spec import AttentionSpec
@@ -22,7 +22,7 @@ class Attention:
     def __init__(self, reader: WeightReader, spec: AttentionSpec, cos_sin: torch.Tensor, group: Group) -> None:
         share = head_share(spec.num_heads, spec.num_kv_heads, group.rank, group.world_size)
         query_rows, kv_rows = share.query.scaled(spec.head_dim), share.key_value.scaled(spec.head_dim)
-        self._qkv = load_fused_rows(reader, [(spec.query, query_rows), (spec.key, kv_rows), (spec.value, kv_rows)])
+        self._qkv = reader.packed_rows([(spec.query, query_rows), (spec.key, kv_rows), (spec.value, kv_rows)])
         self._output = RowParallelLinear(reader, spec.output, query_rows, group)
         self._query_norm = RmsNorm(reader, spec.query_norm) if spec.query_norm else None
         self._key_norm = RmsNorm(reader, spec.key_norm) if spec.key_norm else None

@@ -1,22 +1,12 @@
-"""Linear layers of one rank: rows (column-parallel) or columns (row-parallel) of the checkpoint's matrices."""
-
-from collections.abc import Sequence
+"""The linear layer whose inputs are spread over the ranks. Those whose outputs are spread are `ops.linear` alone."""
 
 import torch
 
 from weft.kernels import ops
-from weft.kernels.packed import PackedLinear
 from weft.models.layers.reader import WeightReader
 from weft.models.spec import LinearSpec
 from weft.models.weights.partition import Span
 from weft.parallel.groups import Group
-
-
-def load_fused_rows(reader: WeightReader, parts: Sequence[tuple[LinearSpec, Span]]) -> PackedLinear:
-    """Stack row slices of several matrices into one, in order: `[Σ span, I]`. Either all have a bias or none."""
-    weight = torch.cat([reader.rows(linear, span) for linear, span in parts])
-    biases = [bias for linear, span in parts if (bias := reader.bias(linear, span)) is not None]
-    return ops.pack_linear(weight, torch.cat(biases) if biases else None)
 
 
 class RowParallelLinear:
@@ -27,8 +17,7 @@ class RowParallelLinear:
 
     def __init__(self, reader: WeightReader, linear: LinearSpec, columns: Span, group: Group) -> None:
         # The bias is added once, by the first rank.
-        bias = reader.bias(linear, Span(0, linear.out_features)) if group.rank == 0 else None
-        self._packed = ops.pack_linear(reader.columns(linear, columns), bias)
+        self._packed = reader.packed_columns(linear, columns, with_bias=group.rank == 0)
         self._group = group
 
     @property

@@ -3,7 +3,7 @@
 import torch
 
 from weft.kernels import ops
-from weft.models.layers.linear import RowParallelLinear, load_fused_rows
+from weft.models.layers.linear import RowParallelLinear
 from weft.models.layers.reader import WeightReader
 from weft.models.spec import MlpSpec
 from weft.models.weights.partition import even_span
@@ -22,7 +22,7 @@ class GatedMlp:
 
     def __init__(self, reader: WeightReader, spec: MlpSpec, group: Group) -> None:
         span = even_span(spec.intermediate_size, group.rank, group.world_size, multiple=SPLIT_MULTIPLE)
-        self._gate_up = load_fused_rows(reader, [(spec.gate, span), (spec.up, span)])
+        self._gate_up = reader.packed_rows([(spec.gate, span), (spec.up, span)])
         self._down = RowParallelLinear(reader, spec.down, span, group)
         self._activation = spec.activation
 

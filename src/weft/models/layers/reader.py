@@ -1,8 +1,13 @@
-"""Checked reading of one rank's weights: shapes against the spec, then the target dtype and device."""
+"""Checked reading of one rank's weights: shapes against the spec, target dtype and device, packing."""
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from weft.errors import ModelNotFoundError
+from weft.kernels import ops
+from weft.kernels.packed import PackedLinear
 from weft.models.spec import LinearSpec, NormSpec, WeightRef
 from weft.models.weights.partition import Span
 from weft.models.weights.source import WeightSource
@@ -22,33 +27,47 @@ class WeightReader:
         self.device = device
         self._source = source
         self._check_finite = check_finite
+        self._staging = torch.empty(0, dtype=dtype, device=device)
+
+    def packed_rows(self, parts: Sequence[tuple[LinearSpec, Span]]) -> PackedLinear:
+        """Rows of several matrices, stacked in order into one and packed. Either all have a bias or none."""
+        weight = self._stage(sum(span.size for _, span in parts), parts[0][0].in_features)
+        first = 0
+        for linear, span in parts:
+            self._matrix(weight[first : first + span.size], linear, span, None)
+            first += span.size
+        biases = [self._vector(linear.bias, linear.out_features, span) for linear, span in parts if linear.bias]
+        return self._pack(weight, torch.cat(biases) if biases else None)
+
+    def packed_columns(self, linear: LinearSpec, span: Span, *, with_bias: bool) -> PackedLinear:
+        """Input columns `span` of a matrix, packed; its bias, where it has one, only when asked for."""
+        weight = self._stage(linear.out_features, span.size)
+        self._matrix(weight, linear, Span(0, linear.out_features), span)
+        bias = None
+        if with_bias and linear.bias is not None:
+            bias = self._vector(linear.bias, linear.out_features, Span(0, linear.out_features))
+        return self._pack(weight, bias)
 
     def rows(self, linear: LinearSpec, span: Span) -> torch.Tensor:
-        """Output rows `span` of a weight: `[span, I]`."""
-        return self._matrix(linear, span, None)
-
-    def columns(self, linear: LinearSpec, span: Span) -> torch.Tensor:
-        """Input columns `span` of a weight: `[O, span]`."""
-        return self._matrix(linear, Span(0, linear.out_features), span)
-
-    def bias(self, linear: LinearSpec, span: Span) -> torch.Tensor | None:
-        """Elements `span` of the bias; None when the layer has none."""
-        if linear.bias is None:
-            return None
-        return self._vector(linear.bias, linear.out_features, span)
+        """Output rows `span` of a matrix as they are: `[span, I]`."""
+        weight = torch.empty(span.size, linear.in_features, dtype=self.dtype, device=self.device)
+        self._matrix(weight, linear, span, None)
+        return weight
 
     def norm(self, norm: NormSpec) -> torch.Tensor:
         """The whole weight of a norm."""
         return self._vector(WeightRef(norm.name), norm.size, Span(0, norm.size))
 
-    def _matrix(self, linear: LinearSpec, rows: Span, columns: Span | None) -> torch.Tensor:
+    def _matrix(self, out: torch.Tensor, linear: LinearSpec, rows: Span, columns: Span | None) -> None:
         ref = linear.weight
         self._check_shape(ref.name, (ref.packed_rows or linear.out_features, linear.in_features))
-        return self._load(ref, rows, columns)
+        self._read(out, ref, rows, columns)
 
     def _vector(self, ref: WeightRef, size: int, span: Span) -> torch.Tensor:
         self._check_shape(ref.name, (ref.packed_rows or size,))
-        return self._load(ref, span, None)
+        out = torch.empty(span.size, dtype=self.dtype, device=self.device)
+        self._read(out, ref, span, None)
+        return out
 
     def _check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         shape = self._source.shape(name)
@@ -58,12 +77,22 @@ class WeightReader:
                 f"where the configuration needs {list(expected)}."
             )
 
-    def _load(self, ref: WeightRef, rows: Span, columns: Span | None) -> torch.Tensor:
-        stored = self._source.read(ref.name, rows.shifted(ref.first_row), columns, self.dtype)
-        tensor = stored.to(device=self.device, dtype=self.dtype)
-        if self._check_finite and not bool(torch.isfinite(tensor).all()):
+    def _read(self, out: torch.Tensor, ref: WeightRef, rows: Span, columns: Span | None) -> None:
+        self._source.read_into(out, ref.name, rows.shifted(ref.first_row), columns)
+        if self._check_finite and not bool(torch.isfinite(out).all()):
             raise ModelNotFoundError(
                 f"{self._source.file_name(ref.name)}: tensor `{ref.name}` holds values that are not finite "
                 f"in {self.dtype}."
             )
-        return tensor
+
+    def _stage(self, rows: int, columns: int) -> torch.Tensor:
+        """Memory for a matrix on its way to be packed, valid until the next one: fresh pages cost more than copying."""
+        if self._staging.numel() < rows * columns:
+            self._staging = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
+        return self._staging[: rows * columns].view(rows, columns)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        packed = ops.pack_linear(weight, bias)
+        if packed.data.data_ptr() == weight.data_ptr():  # an implementation that takes the weight as it is
+            packed = dataclasses.replace(packed, data=packed.data.clone())
+        return packed

@@ -16,22 +16,20 @@ MAX_CHUNK_NUMBERS = 1 << 20
 """Numbers decoded at a time: intermediates of 4 MiB stay in the cache."""
 
 
-def dequantize(raw: torch.Tensor, ggml_type: GgmlType, dtype: torch.dtype) -> torch.Tensor:
-    """Decode rows of blocks.
+def dequantize_into(out: torch.Tensor, raw: torch.Tensor, ggml_type: GgmlType) -> None:
+    """Decode rows of blocks: float32 arithmetic, rounded once to the dtype of `out`.
 
-    Shapes   raw `[O, bytes per row]` uint8 → `[O, I]`
-    Returns  float32 arithmetic rounded once to `dtype`; F32, F16 and BF16 keep what they store
+    Shapes   raw `[O, bytes per row]` uint8, contiguous → out `[O, I]`
     """
     if ggml_type in _FLOATS:
-        return raw.view(_FLOATS[ggml_type])
-    numbers, block_bytes = BLOCK_LAYOUT[ggml_type]
+        out.copy_(raw.view(_FLOATS[ggml_type]))
+        return
+    block_bytes = BLOCK_LAYOUT[ggml_type][1]
     decode = _DECODERS[ggml_type]
-    blocks = raw.reshape(-1, block_bytes)
-    out = torch.empty(blocks.shape[0], numbers, dtype=dtype)
-    step = max(1, MAX_CHUNK_NUMBERS // numbers)
-    for first in range(0, blocks.shape[0], step):
-        out[first : first + step] = decode(blocks[first : first + step])
-    return out.view(raw.shape[0], -1)
+    rows = max(1, MAX_CHUNK_NUMBERS // out.shape[1])
+    for first in range(0, raw.shape[0], rows):
+        part = raw[first : first + rows]
+        out[first : first + rows] = decode(part.reshape(-1, block_bytes)).view(part.shape[0], -1)
 
 
 def _half(blocks: torch.Tensor, first: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from weft.errors import ModelNotFoundError
-from weft.models.quant.gguf_blocks import dequantize
+from weft.models.quant.gguf_blocks import dequantize_into
 from weft.models.weights.gguf_config import SANDWICH_NORMS, architecture
 from weft.models.weights.gguf_file import BLOCK_LAYOUT, GgufFile, GgufTensor
 from weft.models.weights.names import gguf_name
@@ -15,6 +15,9 @@ from weft.models.weights.source import missing_tensor
 
 INTERLEAVED_HEADS = frozenset({"llama"})
 """Architectures whose query and key rows are stored with rotated pairs side by side instead of half a head apart."""
+
+
+_HEAD_ROWS = tuple(f"self_attn.{part}.{kind}" for part in ("q_proj", "k_proj") for kind in ("weight", "bias"))
 
 
 class GgufSource:
@@ -33,19 +36,19 @@ class GgufSource:
         """Shape of a tensor. Raises ModelNotFoundError when it is not there."""
         return self._tensor(name).shape
 
-    def read(self, name: str, rows: Span, columns: Span | None, dtype: torch.dtype) -> torch.Tensor:
-        """A slice of a tensor, decoded into `dtype` when it is quantized."""
+    def read_into(self, out: torch.Tensor, name: str, rows: Span, columns: Span | None) -> None:
+        """Write a slice of a tensor into `out`, decoding it when it is quantized."""
         tensor = self._tensor(name)
         if len(tensor.shape) == 1:
-            values = self._decode(tensor, Span(0, 1), rows, dtype)[0]
+            self._decode_into(out[None], tensor, Span(0, 1), rows)
         else:
-            values = self._decode(tensor, rows, columns or Span(0, tensor.shape[1]), dtype)
-        if self._architecture in INTERLEAVED_HEADS and ".self_attn." in name:
-            values = self._halves_apart(name, values)
+            self._decode_into(out, tensor, rows, columns or Span(0, tensor.shape[1]))
+        self._file.forget(tensor)
+        if self._architecture in INTERLEAVED_HEADS and name.endswith(_HEAD_ROWS):
+            out.copy_(self._halves_apart(name, out))
         if self._architecture in SANDWICH_NORMS and name.endswith("norm.weight"):
             # Gemma multiplies by 1 + w; GGUF stores that sum, specs speak of w.
-            values = values.float() - 1.0
-        return values
+            out.sub_(1.0)
 
     def close(self) -> None:
         """Unmap the file."""
@@ -58,22 +61,25 @@ class GgufSource:
             raise missing_tensor(stored_name, self._file.name)
         return tensor
 
-    def _decode(self, tensor: GgufTensor, rows: Span, columns: Span, dtype: torch.dtype) -> torch.Tensor:
+    def _decode_into(self, out: torch.Tensor, tensor: GgufTensor, rows: Span, columns: Span) -> None:
         """Decode the blocks that cover `columns` of `rows`, then cut to the columns."""
         numbers, block_bytes = BLOCK_LAYOUT[tensor.ggml_type]
         blocks = Span(columns.start // numbers, -(-columns.stop // numbers))
+        covering, covered = blocks.scaled(block_bytes), blocks.scaled(numbers)
         stored = np.frombuffer(self._file.data, np.uint8, tensor.num_bytes, tensor.offset)
         by_row = stored.reshape(-1, tensor.shape[-1] // numbers * block_bytes)
-        covering = blocks.scaled(block_bytes)
+        # A copy: the file promises no alignment for the numbers inside blocks.
         raw = torch.from_numpy(np.array(by_row[rows.start : rows.stop, covering.start : covering.stop], order="C"))
-        values = dequantize(raw, tensor.ggml_type, dtype)
-        first = columns.start - blocks.start * numbers
-        return values[:, first : first + columns.size]
+        if covered == columns:
+            dequantize_into(out, raw, tensor.ggml_type)
+            return
+        whole = torch.empty(rows.size, covered.size, dtype=out.dtype)
+        dequantize_into(whole, raw, tensor.ggml_type)
+        first = columns.start - covered.start
+        out.copy_(whole[:, first : first + columns.size])
 
     def _halves_apart(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Undo the row order of query and key: `[heads, D/2, 2]` as stored → `[heads, 2, D/2]`."""
-        if not name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
-            return values
+        """Undo the row order of query and key: `[heads, D/2, 2]` as stored → `[heads, 2, D/2]`, a copy."""
         head_dim = self._head_dim()
         if values.shape[0] % head_dim:
             raise ModelNotFoundError(f"{self._file.name}: tensor `{name}` is not made of heads of {head_dim} rows.")

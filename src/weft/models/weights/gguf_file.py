@@ -6,7 +6,6 @@ lists of 10⁵ strings) are stepped over and decoded only when asked for, so tha
 Source   GGUF v2 and v3: github.com/ggml-org/ggml, docs/gguf.md
 """
 
-import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from weft.errors import ModelNotFoundError
+from weft.models.weights.mapped_file import MappedFile
 
 MAX_ENTRIES = 1 << 20
 """Metadata entries or tensors believed of a file; real ones have hundreds, mixtures of experts thousands."""
@@ -94,10 +94,10 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         try:
-            with path.open("rb") as file:
-                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._mapped = MappedFile(path)
         except (OSError, ValueError):
             raise ModelNotFoundError(f"{self.name} cannot be opened, or is empty.") from None
+        self.data = self._mapped.data
         self._arrays: dict[str, _Array] = {}
         self.metadata: dict[str, MetadataValue] = {}
         try:
@@ -111,7 +111,11 @@ class GgufFile:
 
     def close(self) -> None:
         """Unmap the file."""
-        self.data.close()
+        self._mapped.close()
+
+    def forget(self, tensor: GgufTensor) -> None:
+        """Let go of the memory of a tensor that has been read."""
+        self._mapped.forget(tensor.offset, tensor.num_bytes)
 
     def array_length(self, key: str) -> int | None:
         """Number of items of a metadata array; None when it is absent."""

@@ -1,6 +1,5 @@
 """Reading tensors, or just a rank's slice of them, from a checkpoint. Files are mapped: a slice reads its own pages."""
 
-import mmap
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from weft.errors import ModelNotFoundError
+from weft.models.weights.mapped_file import MappedFile
 from weft.models.weights.partition import Span
 from weft.models.weights.safetensors_file import SafetensorsEntry, read_directory
 
@@ -26,11 +26,10 @@ class WeightSource(Protocol):
         """Shape of a tensor. Raises ModelNotFoundError when it is not there."""
         ...
 
-    def read(self, name: str, rows: Span, columns: Span | None, dtype: torch.dtype) -> torch.Tensor:
-        """A slice of a tensor; `columns` None for all, or for a vector.
+    def read_into(self, out: torch.Tensor, name: str, rows: Span, columns: Span | None) -> None:
+        """Write a slice of a tensor into `out`, converted to its dtype and device; `columns` None for all.
 
-        `dtype` is what the caller will convert to: a packed format may decode into it directly, others return what
-        they store. The result shares no memory with the file.
+        Raises ModelNotFoundError when it is stored in a form that is not supported.
         """
         ...
 
@@ -44,7 +43,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path) -> None:
         self._entries = read_directory(directory)
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps: dict[Path, MappedFile] = {}
 
     def file_name(self, name: str) -> str:
         """The file a tensor stands in, for messages."""
@@ -54,24 +53,22 @@ class SafetensorsSource:
         """Shape of a tensor. Raises ModelNotFoundError when it is not there."""
         return self._entry(name).shape
 
-    def read(self, name: str, rows: Span, columns: Span | None, dtype: torch.dtype) -> torch.Tensor:
-        """A slice of a tensor in its stored dtype. Raises ModelNotFoundError for a dtype that is not supported."""
-        del dtype
+    def read_into(self, out: torch.Tensor, name: str, rows: Span, columns: Span | None) -> None:
+        """Write a slice of a tensor into `out`. Raises ModelNotFoundError for a dtype that is not supported."""
         entry = self._entry(name)
         if entry.dtype not in _NUMPY_DTYPES:
             raise ModelNotFoundError(
                 f"{entry.path.name}: tensor `{name}` is stored as {entry.dtype}; "
                 f"supported: {', '.join(sorted(_NUMPY_DTYPES))}."
             )
+        mapped = self._map(entry.path)
         number = np.dtype(_NUMPY_DTYPES[entry.dtype])
-        stored = np.frombuffer(
-            self._map(entry.path), dtype=number, count=entry.num_bytes // number.itemsize, offset=entry.offset
-        ).reshape(entry.shape)
-        part = stored[rows.start : rows.stop]
+        stored = np.frombuffer(mapped.data, number, entry.num_bytes // number.itemsize, entry.offset)
+        part = torch.from_numpy(stored.reshape(entry.shape))[rows.start : rows.stop]
         if columns is not None:
             part = part[:, columns.start : columns.stop]
-        tensor = torch.from_numpy(np.array(part, order="C"))
-        return tensor.view(torch.bfloat16) if entry.dtype == "BF16" else tensor
+        out.copy_(part.view(torch.bfloat16) if entry.dtype == "BF16" else part)
+        mapped.forget(entry.offset, entry.num_bytes)
 
     def close(self) -> None:
         """Unmap the files."""
@@ -85,10 +82,9 @@ class SafetensorsSource:
             raise missing_tensor(name, "the safetensors files")
         return entry
 
-    def _map(self, path: Path) -> mmap.mmap:
+    def _map(self, path: Path) -> MappedFile:
         if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[path] = MappedFile(path)
         return self._maps[path]
 
 
