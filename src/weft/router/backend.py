@@ -87,16 +87,25 @@ class OpenRequest:
     emitted_token_ids: list[int] = field(default_factory=list)
     pending: list[TokenEvent] = field(default_factory=list)
     failure: RequestError | None = None
+    is_known_to_shard: bool = True
+    """The shard may still be working on it: giving it up means telling the shard."""
     _waiter: "asyncio.Future[None] | None" = None
 
     def put(self, event: TokenEvent) -> None:
         """Add an event; a reader that is too far behind loses its request instead of filling memory."""
+        if self.failure is not None:
+            return
         if len(self.pending) >= LIMITS.max_stream_buffer_events:
             self.fail(OverloadedError("The reader of this stream is too slow; the generation was stopped"))
             return
         self.emitted_token_ids.append(event.token_id)
         self.pending.append(event)
         self._wake()
+
+    def end(self, error: RequestError) -> None:
+        """The shard has ended the request, or is gone."""
+        self.is_known_to_shard = False
+        self.fail(error)
 
     def fail(self, error: RequestError) -> None:
         """End the request after the events that are already here."""
@@ -176,7 +185,7 @@ class GrpcBackend:
                 yield batch
         finally:
             self._open.pop(request.request_id, None)
-            if not is_final and entry.failure is None and self._connected.is_set():
+            if not is_final and entry.is_known_to_shard and self._connected.is_set():
                 with contextlib.suppress(OverloadedError):
                     self._send(pb.ClientFrame(abort=pb.Abort(request_id=request.request_id)))
 
@@ -234,7 +243,7 @@ class GrpcBackend:
         while not self._outbox.empty():
             self._outbox.get_nowait()
         for entry in self._open.values():
-            entry.fail(GenerationError(message, retry_after_s=2.0))
+            entry.end(GenerationError(message, retry_after_s=2.0))
 
     async def _run_stream(self) -> None:
         call = self._stub.Generate(None)
@@ -260,7 +269,7 @@ class GrpcBackend:
             if entry is None:
                 continue  # aborted while the frame was under way
             if isinstance(event, FailureEvent):
-                entry.fail(error_from_event(event))
+                entry.end(error_from_event(event))
             else:
                 entry.put(event)
         if frame.HasField("stats"):

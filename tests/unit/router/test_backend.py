@@ -1,0 +1,297 @@
+"""GrpcBackend against a shard of this process: order, aborts, failures, death and return of the shard."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from weft.core.events import FailureEvent, PromptReport, TokenEvent
+from weft.core.info import EngineHealth, EngineInfo, EngineStats
+from weft.core.request import FinishReason, Request, RequestId, SamplingParams, StopConditions
+from weft.errors import GenerationError, NotReadyError, NumericalError, OverloadedError, RequestError, ValidationError
+from weft.proto import convert
+from weft.proto.v1 import generate_pb2 as pb
+from weft.proto.v1 import generate_pb2_grpc
+from weft.router.backend import GrpcBackend, Script, ScriptedBackend, error_from_event
+
+INFO = EngineInfo(model_id="m", vocab_size=10, max_total_tokens=20)
+
+
+class Clock:
+    def now_ns(self) -> int:
+        return 5
+
+
+def request(number: int) -> Request:
+    return Request(
+        request_id=RequestId(number),
+        prompt_token_ids=(1, 2),
+        sampling=SamplingParams(seed=7),
+        stop=StopConditions(max_new_tokens=9),
+    )
+
+
+def token(number: int, index: int, *, final: bool = False) -> TokenEvent:
+    return TokenEvent(
+        request_id=RequestId(number),
+        token_index=index,
+        token_id=index + 3,
+        logprob=-0.5,
+        finish_reason=FinishReason.LENGTH if final else None,
+        prompt=PromptReport(num_cached_tokens=1, queue_ns=2) if index == 0 else None,
+    )
+
+
+class FakeShard(generate_pb2_grpc.GenerationServicer):
+    """Notes what comes in; sends what the test puts into `outgoing`."""
+
+    def __init__(self) -> None:
+        self.added: asyncio.Queue[Request] = asyncio.Queue()
+        self.aborted: asyncio.Queue[int] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[pb.ServerFrame] = asyncio.Queue()
+
+    async def Generate(self, request_iterator, context) -> AsyncIterator[pb.ServerFrame]:  # noqa: N802
+        reader = asyncio.create_task(self._read(request_iterator))
+        try:
+            while True:
+                yield await self.outgoing.get()
+        finally:
+            reader.cancel()
+
+    async def _read(self, frames) -> None:
+        async for frame in frames:
+            if frame.WhichOneof("kind") == "add":
+                self.added.put_nowait(convert.request_from_wire(frame.add, 0))
+            else:
+                self.aborted.put_nowait(frame.abort.request_id)
+
+    async def Info(self, request, context) -> pb.InfoResponse:  # noqa: N802
+        return convert.info_to_wire(INFO)
+
+    async def Health(self, request, context) -> pb.HealthResponse:  # noqa: N802
+        return pb.HealthResponse(is_ready=True, stalled_ns=3)
+
+    def send(self, *events: TokenEvent | FailureEvent, stats: EngineStats | None = None) -> None:
+        self.outgoing.put_nowait(convert.frame_from_events(events, stats))
+
+
+@asynccontextmanager
+async def running(shard: FakeShard, socket: Path) -> AsyncIterator[None]:
+    server = grpc.aio.server()
+    generate_pb2_grpc.add_GenerationServicer_to_server(shard, server)
+    server.add_insecure_port(f"unix://{socket}")
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def connected(socket: Path, **callbacks: Callable[..., None]) -> AsyncIterator[GrpcBackend]:
+    backend = GrpcBackend(f"unix://{socket}", Clock(), **callbacks)
+    try:
+        async with asyncio.timeout(5):
+            await backend.wait_connected()
+        yield backend
+    finally:
+        await backend.close()
+
+
+async def collect(backend: GrpcBackend, wanted: Request) -> list[TokenEvent]:
+    async with asyncio.timeout(5), aclosing(backend.generate(wanted)) as batches:
+        return [event async for batch in batches for event in batch]
+
+
+async def test_a_request_arrives_whole_and_its_events_come_back_in_order(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        task = asyncio.create_task(collect(backend, request(1)))
+        assert await shard.added.get() == request(1)
+        shard.send(token(1, 0))
+        shard.send(token(1, 1), token(1, 2, final=True))
+
+        assert await task == [token(1, 0), token(1, 1), token(1, 2, final=True)]
+        assert backend.open_requests == ()
+        assert shard.aborted.empty()
+
+
+async def test_frames_are_split_by_request(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        tasks = [asyncio.create_task(collect(backend, request(number))) for number in (1, 2)]
+        for _ in tasks:
+            await shard.added.get()
+        shard.send(token(1, 0), token(2, 0))
+        shard.send(token(2, 1, final=True), token(1, 1, final=True))
+
+        assert await tasks[0] == [token(1, 0), token(1, 1, final=True)]
+        assert await tasks[1] == [token(2, 0), token(2, 1, final=True)]
+
+
+async def test_closing_the_generator_aborts(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        batches = backend.generate(request(1))
+        first = asyncio.create_task(anext(batches))
+        await shard.added.get()
+        shard.send(token(1, 0))
+        await first
+        await batches.aclose()
+
+        async with asyncio.timeout(5):
+            assert await shard.aborted.get() == 1
+        shard.send(token(1, 1))  # a late event for a request that is gone harms nobody
+        assert backend.open_requests == ()
+
+
+async def test_cancelling_a_waiting_reader_aborts(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        task = asyncio.create_task(collect(backend, request(1)))
+        await shard.added.get()
+        task.cancel()
+
+        async with asyncio.timeout(5):
+            assert await shard.aborted.get() == 1
+
+
+async def test_a_failure_keeps_its_class_and_touches_no_neighbour(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        broken = asyncio.create_task(collect(backend, request(1)))
+        healthy = asyncio.create_task(collect(backend, request(2)))
+        for _ in range(2):
+            await shard.added.get()
+        failure = FailureEvent(request_id=RequestId(1), code=NumericalError.code, message="NaN")
+        shard.send(token(2, 0, final=True), failure)
+
+        with pytest.raises(NumericalError, match="NaN"):
+            await broken
+        assert len(await healthy) == 1
+        assert shard.aborted.empty()
+
+
+async def test_a_dead_shard_ends_each_open_request_once_and_its_successor_serves(tmp_path: Path):
+    shard, connections = FakeShard(), []
+    async with connected_after(running(shard, tmp_path / "s"), tmp_path / "s", connections) as (backend, stop):
+        batches = backend.generate(request(1))
+        first = asyncio.create_task(anext(batches))
+        await shard.added.get()
+        shard.send(token(1, 0))
+        await first
+        kept = backend.open_requests[0]
+
+        await stop()
+
+        with pytest.raises(GenerationError, match="restarted"):
+            await anext(batches)
+        assert (kept.request, kept.emitted_token_ids) == (request(1), [3])
+        with pytest.raises(NotReadyError):
+            await collect(backend, request(2))
+        assert not (await backend.health()).is_ready
+
+        successor = FakeShard()
+        async with running(successor, tmp_path / "s"):
+            async with asyncio.timeout(10):
+                await backend.wait_connected()
+            task = asyncio.create_task(collect(backend, request(3)))
+            assert (await successor.added.get()).request_id == 3
+            successor.send(token(3, 0, final=True))
+            assert len(await task) == 1
+        assert connections[:3] == [True, False, True]
+
+
+@asynccontextmanager
+async def connected_after(shard_running, socket: Path, connections: list[bool]):
+    await shard_running.__aenter__()
+    stopped = False
+
+    async def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        await shard_running.__aexit__(None, None, None)
+        async with asyncio.timeout(5):
+            while connections[-1]:  # noqa: ASYNC110 - the callback is the event
+                await asyncio.sleep(0)
+
+    async with connected(socket, on_connection=connections.append) as backend:
+        try:
+            yield backend, stop
+        finally:
+            if not stopped:
+                await stop()
+
+
+async def test_a_reader_that_lags_loses_its_request_and_the_stream_goes_on(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        batches = backend.generate(request(1))
+        first = asyncio.create_task(anext(batches))
+        await shard.added.get()
+        shard.send(token(1, 0))
+        await first
+        shard.send(*(token(1, index) for index in range(1, 600)))
+        other = asyncio.create_task(collect(backend, request(2)))
+        await shard.added.get()
+        shard.send(token(2, 0, final=True))
+        assert len(await other) == 1
+
+        assert len(await anext(batches)) == 512
+        with pytest.raises(OverloadedError):
+            await anext(batches)
+        async with asyncio.timeout(5):
+            assert await shard.aborted.get() == 1
+
+
+async def test_statistics_and_facts_come_along(tmp_path: Path):
+    shard, seen = FakeShard(), []
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s", on_stats=seen.append) as backend:
+        shard.send(stats=EngineStats(num_steps=4, num_running=2))
+        async with asyncio.timeout(5):
+            while not seen:  # noqa: ASYNC110 - the callback is the event
+                await asyncio.sleep(0)
+
+        assert seen == [EngineStats(num_steps=4, num_running=2)]
+        assert await backend.info() == INFO
+        assert await backend.health() == EngineHealth(is_ready=True, stalled_ns=3)
+
+
+async def test_without_a_shard_nothing_hangs(tmp_path: Path):
+    backend = GrpcBackend(f"unix://{tmp_path / 'nobody'}", Clock())
+
+    assert await backend.health() == EngineHealth(is_ready=False)
+    with pytest.raises(NotReadyError):
+        await backend.info()
+    with pytest.raises(NotReadyError):
+        await collect(backend, request(1))
+    await backend.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [("overloaded", OverloadedError), ("validation", ValidationError), ("unheard-of", GenerationError)],
+)
+def test_codes_become_errors(code: str, kind: type[RequestError]):
+    error = error_from_event(FailureEvent(request_id=RequestId(1), code=code, message="text"))
+
+    assert type(error) is kind
+    assert error.message == "text"
+
+
+async def test_the_scripted_backend_obeys_max_new_tokens_and_notes_aborts():
+    backend = ScriptedBackend(lambda _: Script(token_ids=range(100)), INFO)
+
+    async with aclosing(backend.generate(request(1))) as batches:
+        events = [event async for batch in batches for event in batch]
+    assert len(events) == 9
+    assert events[-1].finish_reason is FinishReason.LENGTH
+    assert backend.aborted == []
+
+    batches = backend.generate(request(2))
+    await anext(batches)
+    await batches.aclose()
+    assert backend.aborted == [2]
