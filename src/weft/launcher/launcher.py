@@ -63,7 +63,10 @@ def launch(
         level=settings.log_level,
         json_output=settings.json_output,
         secrets=filter(None, [settings.api_key, settings.hub_token]),
+        colors=settings.log_colorize,
     )
+    if settings.env:
+        structlog.get_logger().info("launcher.environment", **layout.describe_machine(environ))
     settled = layout.settle(settings, environ)
     layout.check_port(settled.hostname, settled.port)
     present = find_present(settled.model_id, settled)

@@ -5,13 +5,16 @@ import dataclasses
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
+from weft import __version__
 from weft.config import Settings, options
 from weft.errors import PortInUseError, UsageError
 
@@ -53,6 +56,23 @@ def count_visible_gpus(environ: Mapping[str, str], driver: Path = Path("/proc/dr
         if visible is not None and visible not in {"all", "void"}:
             return len([name for name in visible.split(",") if name.strip() not in {"", "-1", "none"}])
     return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def describe_machine(environ: Mapping[str, str]) -> dict[str, str | int]:
+    """What a bug report needs (`--env`); versions are read without importing anything."""
+    versions = {}
+    for package in ("torch", "tokenizers", "grpcio", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "weft": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": count_visible_gpus(environ),
+        **versions,
+    }
 
 
 def _free_port() -> int:

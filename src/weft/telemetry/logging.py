@@ -30,12 +30,14 @@ def configure(
     level: str = "info",
     json_output: bool = False,
     secrets: Iterable[str] = (),
+    colors: bool | None = None,
     stream: TextIO | None = None,
 ) -> None:
     """Send the events of this process to `stream` (standard error by default).
 
     `process` is bound to every event; `level` is one of LEVELS (unknown words mean info); `secrets` are strings that
-    must not appear. Records of the standard library's loggers from warnings on take the same way.
+    must not appear; `colors` None means: on a terminal. Records of the standard library's loggers from warnings on
+    take the same way.
     """
     target = stream if stream is not None else sys.stderr
     number = LEVELS.get(level.lower(), logging.INFO)
@@ -52,7 +54,9 @@ def configure(
     else:
         # Not the rich traceback: it shows local variables, and those hold prompts and keys.
         console = structlog.dev.ConsoleRenderer(
-            colors=target.isatty(), pad_event_to=24, exception_formatter=structlog.dev.plain_traceback
+            colors=target.isatty() if colors is None else colors,
+            pad_event_to=24,
+            exception_formatter=structlog.dev.plain_traceback,
         )
         processors += (_escape_controls, console)
     structlog.configure(
