@@ -104,6 +104,8 @@ class PlanSender:
         self._ring = _Ring(self._descriptor, num_receivers)
         self._socket_path = run_dir / _SOCKET_NAME
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # A rank 0 that was killed before its receivers came has left its name; the directory is this group's alone.
+        self._socket_path.unlink(missing_ok=True)
         self._listener.bind(str(self._socket_path))
         self._listener.listen(num_receivers)
         self._doorbells: list[socket.socket] = []

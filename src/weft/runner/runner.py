@@ -102,6 +102,10 @@ class ModelRunner:
             failures |= {
                 row: NumericalError.code for row, told in prompt_logprobs.items() if not all(map(isfinite, told))
             }
+        if self._device.type == "cuda":
+            # A step that samples nothing has copied nothing back: without this it would seem to cost nothing, and the
+            # next batch would be written over the buffer that this one is still being read from.
+            torch.cuda.current_stream(self._device).synchronize()
         self._sampler.append(batch.sampling_slots, chosen)
         rows = batch.sampling_rows.tolist()
         return StepResult(

@@ -224,6 +224,17 @@ def test_nothing_is_left_in_the_run_directory(connect: Connect, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_group_restarts_where_a_killed_one_left_its_socket(tmp_path: Path, connect: Connect) -> None:
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(tmp_path / "plans.sock"))
+    assert (tmp_path / "plans.sock").exists()
+
+    sender, [receiver] = connect()
+    sender.send(make_plan(1))
+
+    assert receiver.receive() is not None
+
+
 def _send_from_a_process(run_dir: Path) -> None:
     sender = PlanSender(run_dir, 1, timeout_s=TIMEOUT_S)
     sender.send(make_plan(1))
