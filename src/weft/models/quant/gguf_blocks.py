@@ -12,8 +12,10 @@ import torch
 
 from weft.models.weights.gguf_file import BLOCK_LAYOUT, GgmlType
 
-MAX_CHUNK_NUMBERS = 1 << 20
-"""Numbers decoded at a time: intermediates of 4 MiB stay in the cache."""
+MAX_CHUNK_NUMBERS = (1 << 15) - 1
+"""Numbers decoded at a time: intermediates stay in the second-level cache, and torch, which splits work from 2¹⁵
+elements on, starts no threads that would wait for one another twelve times per chunk (35 times slower on busy cores).
+"""
 
 
 def dequantize_into(out: torch.Tensor, raw: torch.Tensor, ggml_type: GgmlType) -> None:
