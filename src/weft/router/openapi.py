@@ -18,6 +18,11 @@ JsonObject = dict[str, JsonValue]
 
 _REFERENCE = "#/components/schemas/{name}"
 _CACHE = [(b"cache-control", b"no-cache")]
+_PAGE_HEADERS = [
+    *_CACHE,
+    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'"),
+    (b"x-content-type-options", b"nosniff"),
+]
 _CONTENT_TYPES = {"docs.css": b"text/css; charset=utf-8", "docs.js": b"text/javascript; charset=utf-8"}
 _EVENT_STREAM = "text/event-stream"
 
@@ -46,7 +51,7 @@ async def document(context: RouterContext, exchange: Exchange) -> None:
 async def docs(context: RouterContext, exchange: Exchange) -> None:
     """GET /docs."""
     del context
-    await exchange.reply(200, static_file("docs.html"), b"text/html; charset=utf-8", _CACHE)
+    await exchange.reply(200, static_file("docs.html"), b"text/html; charset=utf-8", _PAGE_HEADERS)
 
 
 async def docs_file(context: RouterContext, exchange: Exchange) -> None:
@@ -55,7 +60,7 @@ async def docs_file(context: RouterContext, exchange: Exchange) -> None:
     name = exchange.path_params["name"]
     if name not in _CONTENT_TYPES:
         raise NotFoundError("There is no such file. See /docs")
-    await exchange.reply(200, static_file(name), _CONTENT_TYPES[name], _CACHE)
+    await exchange.reply(200, static_file(name), _CONTENT_TYPES[name], _PAGE_HEADERS)
 
 
 def build_document(routes: Iterable[Route], version: str) -> bytes:

@@ -6,6 +6,7 @@ from importlib import resources
 from string import Template
 
 from weft.router.context import RouterContext
+from weft.router.lifecycle import ServerState
 
 
 @cache
@@ -15,14 +16,17 @@ def static_file(name: str) -> bytes:
 
 
 def landing_page(context: RouterContext) -> bytes:
-    """What is served here, or how far the start has come."""
+    """What is served here, or how far the start has come; reloads itself until it is ready."""
     progress = context.lifecycle.progress
+    is_ready = progress.state is ServerState.READY
+    sentence = "Ready." if is_ready else f"{progress.state.capitalize()}: {progress.phase}, {progress.percent} %."
     template = Template(static_file("landing.html").decode())
     return template.substitute(
         model=html.escape(context.settings.shown_model_name),
         version=html.escape(context.version),
         state=html.escape(progress.state),
-        phase=html.escape(progress.phase),
-        percent=progress.percent,
+        sentence=html.escape(sentence),
+        percent=100 if is_ready else progress.percent,
         message=html.escape(progress.message),
+        refresh="" if is_ready else '<meta http-equiv="refresh" content="2">',
     ).encode()
