@@ -148,6 +148,53 @@ def test_the_row_planned_behind_a_failed_one_is_dropped() -> None:
     assert [event.token_id for event in crank.tokens_of(0)] == [7, 7, 7, 7]
 
 
+def test_a_decode_row_planned_behind_a_failed_one_is_dropped_too() -> None:
+    crank = Crank()
+    crank.add(make_request(0, prompt=5, max_new_tokens=5))
+    crank.step()
+    crank.must_plan()
+    crank.must_plan()
+
+    crank.apply(failures={0: NAN})
+    assert crank.apply(token=501) == []
+    crank.run()
+
+    assert [event.token_id for event in crank.tokens_of(0)] == [7, 7, 7, 7, 7]
+
+
+def test_a_second_try_does_not_touch_the_prefix_index() -> None:
+    crank = Crank(max_num_sequences=1)
+    prompt = range(9)
+    crank.add(make_request(0, prompt=prompt, max_new_tokens=2, priority=-1))
+    crank.must_plan()
+    crank.apply(failures={0: NAN})
+    crank.add(make_request(1, prompt=prompt, max_new_tokens=1))
+    crank.step()
+    assert [event.request_id for event in crank.events] == [1]
+    assert crank.scheduler.stats().cached_blocks == 2
+
+    plan = crank.must_plan()
+
+    assert started(plan) == [0]
+    assert plan.first_positions[0] == 0
+
+
+def test_prompt_logprobs_of_a_failed_try_are_not_kept() -> None:
+    crank = Crank(max_batch_prefill_tokens=4)
+    crank.add(make_request(0, prompt=6, max_new_tokens=1, prompt_logprobs=True))
+    crank.must_plan()
+    crank.apply(prompt_logprobs={0: (-9.0,) * 4})
+    crank.must_plan()
+    crank.apply(failures={0: NAN})
+
+    crank.must_plan()
+    crank.apply(prompt_logprobs={0: (-1.0,) * 4})
+    crank.must_plan()
+    crank.apply(prompt_logprobs={0: (-1.0,)})
+
+    assert crank.tokens_of(0)[0].prompt.prompt_logprobs == (-1.0,) * 5
+
+
 def test_another_error_of_a_row_ends_the_request_at_once() -> None:
     crank = Crank()
     crank.add(make_request(0), make_request(1))

@@ -120,6 +120,18 @@ def test_prompt_logprobs_come_once_and_complete_when_the_prefill_was_preempted()
     assert crank.tokens_of(1)[0].prompt.prompt_logprobs == true_logprobs
 
 
+def test_a_sequence_whose_last_token_is_in_flight_needs_no_room_any_more() -> None:
+    crank = Crank(num_blocks=4, max_total_tokens=17, growth_reserve_blocks=0)
+    crank.add(make_request(0, prompt=8, max_new_tokens=1), make_request(1, prompt=7, max_new_tokens=3))
+    crank.must_plan()  # request 0 ends at a block border, with its only token
+
+    crank.must_plan()
+    crank.apply()
+    crank.run()
+
+    assert crank.scheduler.stats().num_preemptions == 0
+
+
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_eight_sequences_in_a_pool_for_two_all_finish(lookahead: bool) -> None:
     crank = Crank(num_blocks=10, max_total_tokens=24)

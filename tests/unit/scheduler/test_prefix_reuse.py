@@ -1,7 +1,7 @@
 """Blocks shared between requests: as soon as they are computed, and never when they should not be."""
 
 import pytest
-from tests.unit.scheduler.builders import BLOCK, Crank, make_request, rows, started
+from tests.unit.scheduler.builders import Crank, make_request, rows, started
 
 from weft.scheduler.prefix import MissReason, PrefixMiss
 
@@ -147,13 +147,17 @@ def test_a_miss_is_explained_by_its_first_differing_block() -> None:
     assert crank.scheduler.explain_miss(make_request(1, prompt=changed)) == PrefixMiss(1, MissReason.NEVER_COMPUTED)
 
 
-def test_waiting_prompts_count_against_memory_that_started_prompts_still_need() -> None:
-    crank = Crank(num_blocks=10, max_batch_prefill_tokens=BLOCK, max_total_tokens=40)
-    crank.add(make_request(0, prompt=24, max_new_tokens=1), make_request(1, prompt=20, max_new_tokens=1))
-
+def test_a_resumed_request_reports_cached_prompt_tokens_only() -> None:
+    crank = Crank()
+    emitted = (7, 7, 7, 7, 7, 7)
+    crank.add(make_request(0, prompt=PROMPT, max_new_tokens=8))
     crank.run()
 
-    assert crank.scheduler.stats().num_preemptions == 0
+    crank.add(make_request(1, prompt=PROMPT, max_new_tokens=8, emitted_token_ids=emitted))
+
+    assert first_position(crank, 1) == 12
+    crank.apply()
+    assert crank.tokens_of(1)[0].prompt.num_cached_tokens == len(PROMPT)
 
 
 class TestVectorsOfTgi:

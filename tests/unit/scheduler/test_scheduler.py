@@ -171,6 +171,20 @@ def test_the_queue_takes_its_bound_and_refuses_one_more() -> None:
     crank.add(make_request(2))
 
 
+def test_a_refused_client_is_told_how_long_half_of_the_queue_takes_at_the_present_rate() -> None:
+    crank = Crank(max_num_sequences=1, max_queue_requests=8)
+    crank.add(*(make_request(i, max_new_tokens=1) for i in range(8)))
+    for i in range(3):
+        crank.must_plan()
+        crank.apply(elapsed_ns=5_000_000_000)
+        crank.add(make_request(10 + i, max_new_tokens=1))
+
+    with pytest.raises(OverloadedError) as caught:
+        crank.add(make_request(20))
+
+    assert caught.value.retry_after_s == pytest.approx(8 / 2 * 5.0)
+
+
 def test_a_request_that_just_fits_the_pool_runs_and_one_token_more_is_refused() -> None:
     crank = Crank(num_blocks=3)
     crank.add(make_request(0, prompt=6, max_new_tokens=7))  # 12 tokens are computed, the 13th only sampled
@@ -379,7 +393,7 @@ class TestFairness:
         durations = []
         while not crank.tokens_of(1):
             plan = crank.must_plan()
-            elapsed_ns = 10_000_000 + 200_000 * plan.total_tokens
+            elapsed_ns = 10_000_000 + 100_000 * plan.total_tokens
             crank.apply(elapsed_ns=elapsed_ns)
             if plan.num_rows == 2:
                 durations.append(elapsed_ns)
