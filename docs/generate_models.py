@@ -49,8 +49,8 @@ in `config.json` is refused. Files are mapped, and a rank reads only the rows an
 transformers 5 (`rope_parameters`) and of earlier versions (`rope_scaling`).
 
 * `dynamic` stretches only beyond `max_position_embeddings`, which is where serving ends: it equals `default`.
-* `longrope` has two lists of factors. The long one is used when the context served is longer than the original one,
-  for every request alike; set `--max-total-tokens` to the original context to use the short one.
+* `longrope` has two lists of factors. The long one is used when the model's context is longer than the original one,
+  for every request alike; transformers switches with the length of the batch.
 * `yarn` serves the stretched context even when `max_position_embeddings` was left at the original.
 
 ## Several ranks

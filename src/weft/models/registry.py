@@ -104,7 +104,9 @@ def _description(
     config: ModelConfig, eos: tuple[int, ...], weight_format: WeightFormat, stored_dtype: str
 ) -> ModelDescription:
     model_type = config.text("model_type")
-    spec = load_family(model_type).spec(config)
+    family = load_family(model_type)
+    _check_architecture(config, family)
+    spec = family.spec(config)
     bos = config.token_ids("bos_token_id")
     return ModelDescription(
         model_type=model_type,
@@ -117,6 +119,14 @@ def _description(
         eos_token_ids=tuple(token_id for token_id in eos if token_id < spec.vocab_size),
         bos_token_id=bos[0] if bos and bos[0] < spec.vocab_size else None,
     )
+
+
+def _check_architecture(config: ModelConfig, family: Family) -> None:
+    """Refuse classifiers, embedders and draft heads, which share a model type with the model they were made from."""
+    written = config.texts("architectures")
+    known = {name.lower() for name in family.ARCHITECTURES}  # early files write LLaMAForCausalLM
+    if written and not any(name.lower() in known for name in written):
+        raise config.fault("architectures", f"one that generates text: {', '.join(family.ARCHITECTURES)}", show=False)
 
 
 def _max_positions(config: ModelConfig, spec: DecoderSpec) -> int:

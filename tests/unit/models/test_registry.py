@@ -96,6 +96,8 @@ def test_a_model_type_is_never_a_path(model_type: str) -> None:
         ({"rope_parameters": {"rope_type": "spiral"}}, "`rope_type` must be one of default, dynamic"),
         ({"rope_scaling": {"type": "linear"}}, "`factor` is missing"),
         ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "an even part of head_dim = 4"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "must be one that generates text: LlamaForCausalLM"),
+        ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of strings"),
         ({"quantization_config": {"quant_method": "gptq"}}, "`quantization_config` names a packed format"),
     ],
 )
@@ -126,6 +128,22 @@ def test_an_unknown_gguf_architecture_lists_the_known_ones(tmp_path: Path) -> No
 
     with pytest.raises(ModelNotFoundError, match=r"architecture `rwkv7` is not supported. Supported: gemma2, gemma3,"):
         describe(path)
+
+
+def test_a_mixture_of_experts_is_refused_before_its_tensors_are_missed(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes({"general.architecture": string("llama"), "llama.expert_count": uint32(8)}, [], b""))
+
+    with pytest.raises(ModelNotFoundError, match=r"mixtures of experts \(`llama.expert_count`\) are not supported"):
+        describe(path)
+
+
+@pytest.mark.parametrize("types", [["full_attention"], ["full_attention", "chunked_attention"]])
+def test_layer_types_that_are_not_windows_or_of_another_number_are_refused(tmp_path: Path, types: list[str]) -> None:
+    gemma = LLAMA_CONFIG | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "num_hidden_layers": 2}
+
+    with pytest.raises(ModelNotFoundError, match=r"`layer_types` must be a list of 2 times full_attention or sliding"):
+        describe(write_model(tmp_path, gemma | {"layer_types": types}))
 
 
 def test_yarn_stretches_the_context_that_the_file_left_unstretched(tmp_path: Path) -> None:

@@ -124,9 +124,10 @@ def layer_windows(config: ModelConfig, default_types: Sequence[str], *, window: 
 
     Raises   ModelNotFoundError: wrong number of types, or one that is neither full nor sliding attention
     """
-    types = config.texts("layer_types", len(default_types)) if config.has("layer_types") else default_types
-    if not set(types) <= {FULL_ATTENTION, SLIDING_ATTENTION}:
-        raise config.fault("layer_types", f"made of {FULL_ATTENTION} and {SLIDING_ATTENTION}", show=False)
+    types = config.texts("layer_types") or default_types
+    if len(types) != len(default_types) or not set(types) <= {FULL_ATTENTION, SLIDING_ATTENTION}:
+        allowed = f"a list of {len(default_types)} times {FULL_ATTENTION} or {SLIDING_ATTENTION}"
+        raise config.fault("layer_types", allowed, show=False)
     return tuple(window if kind == SLIDING_ATTENTION else 0 for kind in types)
 
 

@@ -107,11 +107,13 @@ class ModelConfig:
             raise self.fault(name, f"a list of {length} positive numbers", show=False)
         return numbers
 
-    def texts(self, name: str, length: int) -> tuple[str, ...]:
-        """A list of exactly `length` strings."""
-        value = self._required(name, None)
-        if not isinstance(value, list) or len(value) != length or not all(isinstance(item, str) for item in value):
-            raise self.fault(name, f"a list of {length} strings", show=False)
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings; empty when absent."""
+        value = self._values.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.fault(name, "a list of strings", show=False)
         return tuple(value)
 
     def token_ids(self, name: str) -> tuple[int, ...]:

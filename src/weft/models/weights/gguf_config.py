@@ -61,6 +61,8 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         raise ModelNotFoundError(
             f"{file.name}: architecture `{arch[:80]}` is not supported. Supported: {', '.join(sorted(MODEL_TYPES))}."
         )
+    if file.metadata.get(f"{arch}.expert_count"):
+        raise ModelNotFoundError(f"{file.name}: mixtures of experts (`{arch}.expert_count`) are not supported.")
     values: dict[str, object] = {"model_type": MODEL_TYPES[arch]}
     for key, name in _KEYS.items():
         value = file.metadata.get(f"{arch}.{key}")
