@@ -64,6 +64,7 @@ e2e: $(INSTALLED_DEV) ## real processes, a real model, real clients
 
 docs: $(INSTALLED_DEV) ## write the generated pages, then check all pages
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python docs/generate_http.py
 	@$(BIN)/pytest -q tests/docs $(ARGS)
 
 bench: $(INSTALLED_DEV) ## measure the server: make bench ARGS="--peers"
