@@ -104,7 +104,8 @@ class RunningServer:
 
     def explain(self) -> str:
         """The end of the output, for failure messages."""
-        return f"exit status {self.process.poll()}; output ends:\n" + "\n".join(self.output.splitlines()[-40:])
+        lines = [line for line in self.output.splitlines() if "route=/health" not in line]
+        return f"exit status {self.process.poll()}; output ends:\n" + "\n".join(lines[-40:])
 
     def wait_until(self, condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
         """As the function, with this server's output in the failure."""

@@ -1,5 +1,6 @@
 """The clients that people have: openai, huggingface_hub, and TGI's own text_generation."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from tests.e2e.harness import RunningServer
 pytestmark = pytest.mark.e2e
 
 QUESTION: ChatCompletionUserMessageParam = {"role": "user", "content": "What is the capital of France?"}
+MODEL = "SmolLM2-135M-Instruct.Q4_1"
 PROMPT = "The capital of France is"
 
 TEXT_GENERATION = "text-generation==0.7.0"
@@ -29,7 +31,7 @@ def openai_client(running_server: RunningServer) -> Iterator[openai.OpenAI]:
 class TestOpenAI:
     def test_chat(self, openai_client: openai.OpenAI) -> None:
         answer = openai_client.chat.completions.create(
-            model="SmolLM2-135M-Instruct", messages=[QUESTION], temperature=0, max_completion_tokens=24
+            model=MODEL, messages=[QUESTION], temperature=0, max_completion_tokens=24
         )
 
         assert "Paris" in (answer.choices[0].message.content or "")
@@ -100,7 +102,7 @@ class TestOpenAI:
     def test_models(self, openai_client: openai.OpenAI) -> None:
         names = [model.id for model in openai_client.models.list()]
 
-        assert "SmolLM2-135M-Instruct" in names
+        assert MODEL in names
         assert openai_client.models.retrieve(names[0]).id == names[0]
 
     def test_an_unknown_model_is_not_found(self, openai_client: openai.OpenAI) -> None:
@@ -120,15 +122,18 @@ class TestHuggingFaceHub:
     def test_text_generation_posts_to_the_root(self, running_server: RunningServer) -> None:
         client = InferenceClient(model=running_server.base_url)
 
-        text = client.text_generation(PROMPT, max_new_tokens=6, return_full_text=False)
+        text = client.text_generation(PROMPT, max_new_tokens=6)
 
+        assert text.startswith(PROMPT), "TGI's default on this route is the full text"
         assert "Paris" in text
 
     def test_text_generation_details_and_stream(self, running_server: RunningServer) -> None:
         client = InferenceClient(model=running_server.base_url)
 
         whole = client.text_generation(PROMPT, max_new_tokens=6, details=True, return_full_text=False)
-        events = list(client.text_generation(PROMPT, max_new_tokens=6, details=True, stream=True))
+        events = list(
+            client.text_generation(PROMPT, max_new_tokens=6, details=True, return_full_text=False, stream=True)
+        )
 
         assert whole.details is not None
         assert whole.details.finish_reason == "length"
@@ -189,8 +194,6 @@ def test_text_generation_client(running_server: RunningServer, tmp_path_factory:
     )
 
     assert done.returncode == 0, done.stderr
-    import json
-
     said = json.loads(done.stdout)
     assert "Paris" in said["text"]
     assert said["reason"] == "length"

@@ -46,11 +46,12 @@ SUBJECTS = (
         {"temperature": 1.3, "top_k": 40, "typical_p": 0.95, "repetition_penalty": 1.1, "seed": 2**64 - 1},
     ),
 )
+NUM_TOKENS = 48
 Tokens = dict[str, list[tuple[int, float]]]
 """Subject's name → (token id, log-probability) of each token."""
 
 
-def tokens_of(server: RunningServer, subject: Subject, max_new_tokens: int = 32) -> list[tuple[int, float]]:
+def tokens_of(server: RunningServer, subject: Subject, max_new_tokens: int = NUM_TOKENS) -> list[tuple[int, float]]:
     parameters = {**subject.parameters, "max_new_tokens": max_new_tokens, "details": True}
     details = server.generate(subject.inputs, **parameters)["details"]
     return [(token["id"], token["logprob"]) for token in details["tokens"]]
@@ -73,8 +74,8 @@ def all_tokens_among_neighbours(server: RunningServer, num_neighbours: int, seed
         return Subject("neighbour", text, parameters)
 
     work = [
-        *((subject, 32) for subject in SUBJECTS),
-        *((neighbour(), rng.randrange(1, 48)) for _ in range(num_neighbours)),
+        *((subject, NUM_TOKENS) for subject in SUBJECTS),
+        *((neighbour(), rng.randrange(1, 2 * NUM_TOKENS)) for _ in range(num_neighbours)),
     ]
     rng.shuffle(work)
     with ThreadPoolExecutor(len(work)) as pool:
@@ -123,7 +124,7 @@ def test_neighbours_change_nothing(float32: Float32Server, seed: int) -> None:
 def test_the_size_of_prefill_chunks_changes_nothing(
     float32: Float32Server, default_model_gguf: Path, chunk_tokens: int
 ) -> None:
-    flags = ("--max-batch-prefill-tokens", str(chunk_tokens), "--prefix-caching", "false")
+    flags = ("--max-batch-prefill-tokens", str(chunk_tokens), "--no-prefix-caching")
     with serving(default_model_gguf, *FLAGS, *flags) as server:
         assert all_tokens(server) == float32.alone
         assert all_tokens_among_neighbours(server, 12, seed=3) == float32.alone

@@ -11,7 +11,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -110,7 +110,15 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
         fatal.append(error)
         loop.call_soon_threadsafe(stop.set)
 
-    engine = build_engine(settings, run_dir, world_size, started, service, clock, on_fatal)
+    executor = await loop.run_in_executor(None, build_executor, started, run_dir, world_size)
+    engine = Engine(
+        Scheduler(started.scheduler_config),
+        executor,
+        clock,
+        service.deliver_threadsafe,
+        on_fatal,
+        lookahead=settings.lookahead,
+    )
     engine.start()
     service.open(engine, started.info, dict(started.info.phases)["warmup"])
     # What exists now lives as long as the process: keep the collector from walking it in the middle of a step.
@@ -125,29 +133,16 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
     return 0
 
 
-def build_engine(
-    settings: Settings,
-    run_dir: Path,
-    world_size: int,
-    started: StartedRank,
-    service: GenerationService,
-    clock: Clock,
-    on_fatal: Callable[[EngineFatal], None],
-) -> Engine:
-    """Put scheduler, executor and service together."""
-    executor: Executor
+def build_executor(started: StartedRank, run_dir: Path, world_size: int) -> Executor:
+    """Rank 0's executor, with every other rank connected: those report ready once they are.
+
+    Raises   EngineFatal: a rank did not come
+    """
     if world_size == 1:
-        executor = LocalExecutor(started.runner)
-    else:
-        executor = ShardExecutor(started.runner, PlanSender(run_dir, world_size - 1))
-    return Engine(
-        Scheduler(started.scheduler_config),
-        executor,
-        clock,
-        service.deliver_threadsafe,
-        on_fatal,
-        lookahead=settings.lookahead,
-    )
+        return LocalExecutor(started.runner)
+    sender = PlanSender(run_dir, world_size - 1)
+    sender.wait_for_receivers()
+    return ShardExecutor(started.runner, sender)
 
 
 if __name__ == "__main__":
