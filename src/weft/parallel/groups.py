@@ -84,7 +84,17 @@ class TorchGroup:
         self.world_size = backend.size()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place. Raises EngineFatal when a rank is lost or does not answer in time."""
+        """Sum over the ranks, in place. Raises EngineFatal when a rank is lost or does not answer in time.
+
+        On CPU every element is summed in rank order. Gloo's own sum starts at a rank that depends on the element's
+        place in the tensor, so that beyond two ranks a token's last bits would depend on its neighbours in the batch.
+        """
+        if self.world_size > 2 and x.device.type == "cpu":
+            first, *others = self._gather(x, "all_reduce")
+            x.copy_(first)
+            for part in others:
+                x.add_(part)
+            return x
         try:
             self._backend.allreduce([x]).wait()
         except RuntimeError as error:
@@ -98,16 +108,21 @@ class TorchGroup:
         # The backends exchange equal shapes only: shorter parts travel padded.
         padded = x.new_zeros([longest if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)])
         padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        try:
-            self._backend.allgather([parts], [padded]).wait()
-        except RuntimeError as error:
-            raise self._lost("all_gather") from error
+        parts = self._gather(padded, "all_gather")
         return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=dim)
 
     def close(self) -> None:
         """Close the connections; ranks waiting for this one fail at once."""
         self._backend.shutdown()
+
+    def _gather(self, x: torch.Tensor, purpose: str) -> list[torch.Tensor]:
+        """Every rank's `x`, which has the same shape everywhere, in rank order."""
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        try:
+            self._backend.allgather([parts], [x]).wait()
+        except RuntimeError as error:
+            raise self._lost(purpose) from error
+        return parts
 
     def _lost(self, collective: str) -> EngineFatal:
         return EngineFatal(f"Rank {self.rank} of {self.world_size} lost contact with its group in {collective}.")

@@ -53,6 +53,15 @@ def test_all_reduce_sums_in_place_on_every_rank(dtype: torch.dtype) -> None:
     assert on_every_rank(3, act) == [[6, 6, 6]] * 3
 
 
+def test_sums_are_taken_in_rank_order_wherever_an_element_stands() -> None:
+    """10⁸ + 1 - 10⁸ is 0 in float32 in this order, and 1 in another."""
+
+    def act(group: Group) -> torch.Tensor:
+        return group.all_reduce(torch.full((5000,), (1e8, 1.0, -1e8)[group.rank]))
+
+    assert all(torch.equal(x, torch.zeros(5000)) for x in on_every_rank(3, act))
+
+
 def test_ranks_listen_on_the_given_address_only() -> None:
     before = listening_addresses()
 
