@@ -182,13 +182,13 @@ class Launcher:
                     self._log.info("server.ready_again", seconds=round(ready_at - began, 2))
                 dead = await self._first_dead_or_stalled()
             status = dead.exit_status
-            await self._kill_shards()
             if self._is_stopping:
                 return
             if is_first_start and not self._all_ready.is_set():
                 raise self._failure(dead, status)
             is_first_start = False
             self._become("loading", phase="restart", message="a shard died and is being restarted")
+            await self._kill_shards()
             await self._before_restart(dead, status, policy, time.monotonic() - ready_at)
 
     async def _fetch(self) -> FetchedModel:

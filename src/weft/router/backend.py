@@ -29,7 +29,7 @@ log = structlog.get_logger("weft.backend")
 
 RPC_TIMEOUT_S = 5.0
 MIN_BACKOFF_S = 0.05
-MAX_BACKOFF_S = 2.0
+MAX_BACKOFF_S = 0.25
 
 TokenBatch = Sequence[TokenEvent]
 """One or more events of one request, in order."""
@@ -153,7 +153,7 @@ class GrpcBackend:
                 ("grpc.max_receive_message_length", LIMITS.max_wire_message_bytes),
                 ("grpc.max_send_message_length", LIMITS.max_wire_message_bytes),
                 ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.max_reconnect_backoff_ms", 250),
                 ("grpc.enable_http_proxy", 0),
             ),
         )

@@ -8,6 +8,7 @@ generations, running ones finish (bounded), exit 0; a second SIGTERM ends at onc
 import argparse
 import asyncio
 import gc
+import io
 import os
 import signal
 import socket
@@ -143,7 +144,8 @@ class RouterProcess:
 
     def _read_launcher(self, loop: asyncio.AbstractEventLoop) -> None:
         """On a thread of its own: standard input may be anything, also what an event loop cannot wait for."""
-        for line in sys.stdin.buffer:
+        # Unbuffered: a thread inside a buffered read holds a lock that the interpreter needs when it ends.
+        for line in io.FileIO(sys.stdin.fileno(), closefd=False):
             loop.call_soon_threadsafe(self._on_line, line)
         loop.call_soon_threadsafe(self._on_launcher_gone)
 
