@@ -105,7 +105,7 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
     with timer.phase("inspect"):
         layout = _choose_layout(settings, rank)
         configure_kernels(settings)
-        description = model_registry.describe(Path(settings.model_path))
+        description = _within_context(model_registry.describe(Path(settings.model_path)), settings)
     with timer.phase("connect"):
         group = connect_ranks(settings, rank, world_size, layout.device)
     with timer.phase("load"):
@@ -125,6 +125,12 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
         warm_up(runner, config)
     info = _engine_info(settings, description, layout, plan, config, world_size, timer)
     return StartedRank(runner=runner, info=info, scheduler_config=config, group=group)
+
+
+def _within_context(description: ModelDescription, settings: Settings) -> ModelDescription:
+    """The model with the context it will be used for: rotary tables and their scaling follow from it."""
+    wanted = settings.max_total_tokens or description.max_positions
+    return replace(description, max_positions=min(wanted, description.max_positions))
 
 
 def choose_device(name: str, rank: int) -> torch.device:
