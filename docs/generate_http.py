@@ -15,11 +15,13 @@ ERRORS = """# Errors
 
 <!-- Written by docs/generate_http.py from src/weft/errors.py; edit the source, not this page. -->
 
-A request that fails has one answer. As long as nothing has been sent it is a status with a JSON body; in a stream it is
-the last event, and on `/v1` `data: [DONE]` follows. Texts name the field, the value, the allowed range and what to do.
+A request that fails has one answer. As long as nothing has been sent it is a status with a JSON body; in a stream it
+is the last event, and on `/v1` `data: [DONE]` follows. Texts name the field, the value, the allowed range and what to
+do.
 
 Native routes: `{{"error": "<text>", "error_type": "<type>"}}`, as in TGI; a server that is not ready adds
-`state`, `phase` and `percent`. `/v1`: `{{"error": {{"message", "type", "param", "code"}}}}`, as OpenAI; `param` is the field.
+`state`, `phase` and `percent`. `/v1`: `{{"error": {{"message", "type", "param", "code"}}}}`, as OpenAI; `param` is
+the field.
 429 and 503 carry `Retry-After` in seconds, 401 `WWW-Authenticate`. Every answer carries `x-request-id`: the client's
 own when it is printable and has at most {max_id} characters, else a new one.
 

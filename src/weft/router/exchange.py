@@ -179,7 +179,7 @@ class Edge:
                 first_token_ms=_ms(max(timings.first_token_ns - timings.started_ns, 0)),
             )
         # Probes come every few seconds for ever; they are worth a line only to somebody who looks for it.
-        level = "debug" if exchange.route in _QUIET_ROUTES and status < 500 else "info"
+        level = "debug" if exchange.route in _QUIET_ROUTES and exchange.scope["method"] != "POST" else "info"
         getattr(log, level)("request.finished", **fields)
 
 

@@ -8,7 +8,6 @@ generations, running ones finish (bounded), exit 0; a second SIGTERM ends at onc
 import argparse
 import asyncio
 import gc
-import io
 import os
 import signal
 import socket
@@ -47,6 +46,7 @@ log = structlog.get_logger("weft.router")
 KEEP_ALIVE_S = 75
 """Longer than the pools of common clients and proxies keep a connection, so that they close it and not we."""
 _BACKLOG = 2048
+_LINE_BYTES = 64 * 1024
 _LAST_WORDS_S = 2.0
 """What is left of the termination timeout for streams to be told that they end."""
 
@@ -113,6 +113,7 @@ class RouterProcess:
         self._run_dir = run_dir
         self._compute_type = environ.get("COMPUTE_TYPE", "")
         self._exit_code = 0
+        self._are_shards_ready = False
         self._assets: asyncio.Task[TextAssets] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -121,16 +122,15 @@ class RouterProcess:
         """Serve on a socket that listens."""
         loop = asyncio.get_running_loop()
         metrics = Registry()
-        engine_metrics = EngineMetrics(metrics)
+        self._engine_metrics = EngineMetrics(metrics)
         clock = SystemClock()
         self._backend = GrpcBackend(
             f"unix://{self._run_dir / 'shard-0.sock'}",
             clock,
-            on_stats=engine_metrics.note_step,
-            on_connection=engine_metrics.note_connection,
+            on_stats=self._engine_metrics.note_step,
+            on_connection=self._on_connection,
         )
         self._context = RouterContext(settings=self._settings, backend=self._backend, clock=clock, metrics=metrics)
-        self._engine_metrics = engine_metrics
         self._server = HttpServer(http_config(build_app(self._context)))
         self._context.num_connections = lambda: len(self._server.server_state.connections)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -143,10 +143,15 @@ class RouterProcess:
     # --- what the launcher says -----------------------------------------------------------------------------------
 
     def _read_launcher(self, loop: asyncio.AbstractEventLoop) -> None:
-        """On a thread of its own: standard input may be anything, also what an event loop cannot wait for."""
-        # Unbuffered: a thread inside a buffered read holds a lock that the interpreter needs when it ends.
-        for line in io.FileIO(sys.stdin.fileno(), closefd=False):
-            loop.call_soon_threadsafe(self._on_line, line)
+        """On a thread of its own: standard input may be anything, also what an event loop cannot wait for.
+
+        Read without Python's buffered reader, whose lock would be held for ever and spoil the end of the process.
+        """
+        unfinished = b""
+        while read := os.read(sys.stdin.fileno(), _LINE_BYTES):
+            *lines, unfinished = (unfinished + read).split(b"\n")
+            for line in lines:
+                loop.call_soon_threadsafe(self._on_line, line)
         loop.call_soon_threadsafe(self._on_launcher_gone)
 
     def _on_line(self, line: bytes) -> None:
@@ -156,11 +161,25 @@ class RouterProcess:
             log.warning("launcher.unknown_line", problem=str(error))
             return
         self._prepare_text()
-        if said.state is not ServerState.READY:
-            if self._opening is not None:
-                self._opening.cancel()
-            self._context.lifecycle.become(Progress(said.state, said.phase, said.percent, said.message))
-        elif self._opening is None or self._opening.done():
+        self._are_shards_ready = said.state is ServerState.READY
+        if self._are_shards_ready:
+            self._start_opening()
+            return
+        if self._opening is not None:
+            self._opening.cancel()
+        self._context.lifecycle.become(Progress(said.state, said.phase, said.percent, said.message))
+
+    def _on_connection(self, is_connected: bool) -> None:  # noqa: FBT001 - a callback with one fact
+        """The stream to the shard knows of a death before the launcher does."""
+        self._engine_metrics.note_connection(is_connected)
+        lifecycle = self._context.lifecycle
+        if not is_connected and lifecycle.state is ServerState.READY:
+            lifecycle.become(Progress(ServerState.LOADING, "restart"))
+        elif is_connected and self._are_shards_ready and lifecycle.state is ServerState.LOADING:
+            self._start_opening()
+
+    def _start_opening(self) -> None:
+        if self._opening is None or self._opening.done():
             self._opening = asyncio.create_task(self._open())
             self._opening.add_done_callback(self._on_opened)
 
