@@ -31,6 +31,8 @@ class Limits:
     max_template_output_bytes: int = 4 * 1024 * 1024
     template_timeout_s: float = 1.0
     template_memory_bytes: int = 512 * 1024 * 1024
+    template_compile_timeout_s: float = 10.0
+    num_template_workers: int = 2
 
     # Streams: a reader that stops reading may cost this much and no more.
     max_stream_buffer_events: int = 512
@@ -49,6 +51,9 @@ class Limits:
     max_tokenizer_file_bytes: int = 256 * 1024 * 1024
     max_safetensors_header_bytes: int = 100 * 1024 * 1024
     max_template_chars: int = 1024 * 1024
+    max_gguf_keys: int = 4096
+    max_gguf_key_bytes: int = 1024
+    max_gguf_array_length: int = 16_000_000
 
     # Telemetry.
     max_label_values: int = 512

@@ -22,9 +22,6 @@ from weft.text.tokenizer import Tokenizer, read_tokenizer_file
 
 Json = dict[str, Any]
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that a chat template may use by name."""
-
 _MAX_MODEL_LENGTH = 1 << 30
 """Larger values of `model_max_length` are transformers' way of saying that none is known."""
 
@@ -94,14 +91,16 @@ def load_text_assets(
 
 def _special_tokens(config: Json, directory: Path) -> dict[str, str]:
     """Returns name → text. Each value is a string, or an object with the string as `content`."""
-    sources = [config]
+    extra = config.get("extra_special_tokens")
+    sources = [config, extra] if isinstance(extra, dict) else [config]
     if "added_tokens_decoder" not in config:
         # Before 2023 the names stood in a file of their own; newer files repeat it with less care.
         sources.append(_read_json(directory / "special_tokens_map.json"))
     found: dict[str, str] = {}
     for source in sources:
-        for name in SPECIAL_TOKEN_NAMES:
-            text = _token_text(source.get(name))
+        for name, value in source.items():
+            # Besides the usual names a model may have its own, such as `image_token`.
+            text = _token_text(value) if name.endswith("_token") else None
             if text:
                 found.setdefault(name, text)
     return found

@@ -29,8 +29,6 @@ TOOL_USE_TEMPLATE: Final = "tool_use"
 
 _START_TIMEOUT_S = 30.0
 """For a worker to start and import jinja2: 0.1 s on an idle machine."""
-_COMPILE_TIMEOUT_S = 10.0
-"""For the templates to compile; a large one needs 0.06 s."""
 _TOTAL_TIMEOUT_RATIO = 1.5
 """A request waits for a worker and renders within this many template timeouts."""
 _MAX_FAILURE_BYTES = 16 * 1024
@@ -77,7 +75,7 @@ class _Worker:
             str(program),
             f"--memory-bytes={limits.template_memory_bytes}",
             f"--max-output-bytes={limits.max_template_output_bytes}",
-            f"--max-render-s={2 * limits.template_timeout_s}",
+            f"--max-render-s={limits.template_timeout_s + limits.template_compile_timeout_s}",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={name: os.environ[name] for name in _PASSED_ENVIRONMENT if name in os.environ},
@@ -108,6 +106,10 @@ class _Worker:
         reply = await self._replies.readexactly(length)
         return reply[:1], reply[1:]
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
@@ -130,7 +132,7 @@ class ChatTemplate:
         templates: str | Mapping[str, str],
         special_tokens: Mapping[str, str] = MappingProxyType({}),
         *,
-        num_workers: int = 2,
+        num_workers: int = LIMITS.num_template_workers,
         limits: Limits = LIMITS,
     ) -> None:
         self._templates = {DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else dict(templates)
@@ -143,6 +145,7 @@ class ChatTemplate:
         self._deaths: set[asyncio.Task[None]] = set()
         self._variables: dict[str, list[str]] = {}
         self._defect: str | None = None
+        """Why no worker can ever compile the templates."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,7 +159,11 @@ class ChatTemplate:
     async def start(self) -> None:
         """Start every worker, so that no request waits for one. Raises TemplateError: a template does not compile."""
         missing = self._num_workers - len(self._all_workers)
-        self._idle_workers.extend(await asyncio.gather(*(self._start_worker() for _ in range(missing))))
+        started = await asyncio.gather(*(self._start_worker() for _ in range(missing)), return_exceptions=True)
+        self._idle_workers.extend(worker for worker in started if isinstance(worker, _Worker))
+        for failure in started:
+            if isinstance(failure, BaseException):
+                raise failure
 
     async def close(self) -> None:
         """End every worker; a rendering in flight fails."""
@@ -218,7 +225,7 @@ class ChatTemplate:
         raise TemplateError(f"The model has chat templates named {names} but none named `{DEFAULT_TEMPLATE}`.")
 
     def _check_kwargs(self, kwargs: Mapping[str, Any], variables: frozenset[str]) -> None:
-        allowed = variables - _RESERVED_VARIABLES
+        allowed = variables - _RESERVED_VARIABLES - self._special_tokens.keys()
         for key in kwargs:
             if key not in allowed:
                 choices = ", ".join(f"`{name}`" for name in sorted(allowed)) or "none"
@@ -238,10 +245,19 @@ class ChatTemplate:
         except TimeoutError as error:
             raise OverloadedError("All chat template workers are busy. Try again later.", retry_after_s=1.0) from error
         try:
-            worker = self._idle_workers.pop() if self._idle_workers else await self._start_worker()
+            worker = self._take_idle_worker() or await self._start_worker()
             return await self._render_on(worker, request, min(timeout_s, max(deadline - loop.time(), timeout_s / 2)))
         finally:
             self._free_places.release()
+
+    def _take_idle_worker(self) -> _Worker | None:
+        """Returns a living worker; one that was killed from outside is no fault of the next request."""
+        while self._idle_workers:
+            worker = self._idle_workers.pop()
+            if worker.is_alive:
+                return worker
+            self._discard(worker)
+        return None
 
     async def _render_on(self, worker: _Worker, request: bytes, timeout_s: float) -> bytes:
         is_reusable = False
@@ -276,11 +292,16 @@ class ChatTemplate:
             raise TemplateError("The worker process for chat templates does not start. Check the log.") from error
         self._all_workers.add(worker)
         try:
-            kind, body = await worker.call(_encode({"templates": self._templates}), _COMPILE_TIMEOUT_S)
+            kind, body = await worker.call(
+                _encode({"templates": self._templates}), self._limits.template_compile_timeout_s
+            )
         except (TimeoutError, _WorkerLost) as error:
             self._discard(worker)
-            self._defect = "The model's chat template cannot be compiled within the limits of time and memory."
-            raise TemplateError(self._defect) from error
+            fault = "The model's chat template cannot be compiled within the limits of time and memory."
+            if not self._variables:
+                # It never did. Where it once compiled, the machine is to blame, and the next try may succeed.
+                self._defect = fault
+            raise TemplateError(fault) from error
         except BaseException:
             self._discard(worker)
             raise

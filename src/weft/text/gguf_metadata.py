@@ -16,15 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from weft.errors import ModelNotFoundError
+from weft.limits import LIMITS
 
 GgufArray = list[str] | list[int] | list[float] | list[bool]
 GgufValue = str | int | float | bool | GgufArray
 Scalar = TypeVar("Scalar", str, int, float, bool)
-
-MAX_KEYS = 4096
-MAX_KEY_BYTES = 1024
-MAX_ARRAY_LENGTH = 16_000_000
-"""Elements; the largest vocabulary in use has 0.3 million tokens and 0.6 million merges."""
 
 _MAGIC = b"GGUF"
 _SUPPORTED_VERSIONS = (2, 3)
@@ -101,11 +97,11 @@ class _Reader:
             raise _damaged(f"version {version} is not supported (2 and 3 in little-endian order are)")
         num_tensors = self._u64()
         num_keys = self._u64()
-        if num_keys > MAX_KEYS:
-            raise _damaged(f"it claims {num_keys} keys; at most {MAX_KEYS} are read")
+        if num_keys > LIMITS.max_gguf_keys:
+            raise _damaged(f"it claims {num_keys} keys; at most {LIMITS.max_gguf_keys} are read")
         values: dict[str, GgufValue] = {}
         for _ in range(num_keys):
-            key = self._string(MAX_KEY_BYTES)
+            key = self._string(LIMITS.max_gguf_key_bytes)
             values[key] = self._value(key)
         return GgufMetadata(version, num_tensors, values, self._position)
 
@@ -120,8 +116,8 @@ class _Reader:
     def _array(self, key: str) -> GgufArray:
         kind = self._u32()
         length = self._u64()
-        if length > MAX_ARRAY_LENGTH:
-            raise _damaged(f"`{key}` claims {length} elements; at most {MAX_ARRAY_LENGTH} are read")
+        if length > LIMITS.max_gguf_array_length:
+            raise _damaged(f"`{key}` claims {length} elements; at most {LIMITS.max_gguf_array_length} are read")
         return self._strings(length) if kind == _STRING else self._numbers(key, kind, length)
 
     def _numbers(self, key: str, kind: int, length: int) -> list[int] | list[float] | list[bool]:

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -44,6 +43,8 @@ class Tokenizer:
         self._executor = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="tokenize")
         added_tokens = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
+        self.longest_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        """Length in characters of the longest token: bounds the text that fits into a number of tokens."""
         self._pieces = TokenPieces(backend, skipped_ids=())
         self._pieces_without_special = TokenPieces(backend, skipped_ids=self._special_ids)
 
@@ -121,11 +122,6 @@ class Tokenizer:
         """Number of tokens, added ones included. A model's embedding table may be padded beyond it."""
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
-
-    @cached_property
-    def longest_token_chars(self) -> int:
-        """Length in characters of the longest token: bounds the text that fits into a number of tokens."""
-        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def close(self) -> None:
         """End the threads; an encoding in flight finishes."""

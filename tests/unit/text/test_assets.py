@@ -45,6 +45,13 @@ def test_special_tokens_are_read_as_strings_or_objects(model: Path) -> None:
     assert (assets.model_max_length, assets.chat_template) == (2048, None)
 
 
+def test_a_model_may_name_special_tokens_of_its_own(model: Path) -> None:
+    settings = {"image_token": "!", "add_bos_token": True, "extra_special_tokens": {"audio_token": "#"}}
+    write(model, "tokenizer_config.json", settings)
+
+    assert dict(load(model).special_tokens) == {"image_token": "!", "audio_token": "#"}
+
+
 def test_a_bare_tokenizer_is_enough(model: Path) -> None:
     assets = load(model)
 

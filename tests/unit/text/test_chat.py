@@ -100,11 +100,23 @@ async def test_a_worker_that_dies_is_replaced(template: ChatTemplate) -> None:
         worker._process.kill()
         await worker._process.wait()
 
-    for _ in range(2):
-        with pytest.raises(TemplateError, match="worker process"):
-            await template.render(NORMAL)
+    assert [await template.render(NORMAL) for _ in range(2)] == ["<s>hi"] * 2
 
-    assert await template.render(NORMAL) == "<s>hi"
+
+async def test_a_worker_that_dies_while_rendering_costs_that_rendering_alone() -> None:
+    template = ChatTemplate(SOURCE, num_workers=1)
+    await template.start()
+    (worker,) = template._all_workers
+    rendering = asyncio.create_task(template.render(ENDLESS))
+    await asyncio.sleep(0)
+    worker._process.kill()
+
+    with pytest.raises(TemplateError, match="worker process"):
+        await rendering
+    prompt = await template.render(NORMAL)
+    await template.close()
+
+    assert prompt == "hi"
 
 
 async def test_output_beyond_the_limit_is_an_error() -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.unit.text.vocabularies import write_byte_level_gguf
 
 from weft.errors import ModelNotFoundError
-from weft.text.gguf_metadata import MAX_ARRAY_LENGTH, MAX_KEYS, read_gguf_metadata
+from weft.limits import LIMITS
+from weft.text.gguf_metadata import read_gguf_metadata
 
 U32, STRING, ARRAY = 4, 8, 9
 
@@ -72,13 +73,13 @@ HOSTILE = {
     "not GGUF": (b"", {"magic": b"GGML"}, "letters GGUF"),
     "unknown version": (b"", {"version": 1}, "version 1"),
     "big endian": (b"", {"version": 0x03000000}, "little-endian"),
-    "too many keys": (b"", {"num_keys": MAX_KEYS + 1}, "keys"),
+    "too many keys": (b"", {"num_keys": LIMITS.max_gguf_keys + 1}, "keys"),
     "fewer keys than claimed": (b"", {"num_keys": 1}, "ends after"),
     "endless key": (struct.pack("<Q", 2**63), {}, "longer than"),
     "key beyond the file": (struct.pack("<Q", 1000), {}, "ends after"),
     "unknown value type": (string("k") + struct.pack("<I", 13), {}, "unknown value type 13"),
     "string beyond the file": (string("k") + struct.pack("<IQ", STRING, 2**40), {}, "longer than"),
-    "huge array": (string("k") + struct.pack("<IIQ", ARRAY, U32, MAX_ARRAY_LENGTH + 1), {}, "elements"),
+    "huge array": (string("k") + struct.pack("<IIQ", ARRAY, U32, LIMITS.max_gguf_array_length + 1), {}, "elements"),
     "array beyond the file": (string("k") + struct.pack("<IIQ", ARRAY, U32, 10_000), {}, "ends after"),
     "array of arrays": (string("k") + struct.pack("<IIQ", ARRAY, ARRAY, 1), {}, "unknown value type 9"),
     "strings beyond the file": (string("k") + struct.pack("<IIQ", ARRAY, STRING, 10_000), {}, "list of strings"),

@@ -16,7 +16,10 @@ from weft.text.chat import ChatTemplate
 pytestmark = pytest.mark.slow
 
 LIMITS_UNDER_TEST = dataclasses.replace(
-    LIMITS, template_timeout_s=0.5, template_memory_bytes=256 << 20, max_template_output_bytes=1 << 20
+    LIMITS,
+    template_timeout_s=0.5,
+    template_memory_bytes=256 << 20,
+    max_template_output_bytes=1 << 20,
 )
 TRIGGER = [{"role": "user", "content": "attack"}]
 NORMAL = [{"role": "user", "content": "hi"}]
@@ -69,7 +72,7 @@ EXHAUSTION = {
     "branching recursion": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "recursion of a loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "placeholder text": "{{ lipsum(n=10 ** 7) }}",
-    "wide indentation": "{{ ('a\n' * 10000) | indent(10 ** 6) }}",
+    "wide indentation": "{{ ((messages[0].content ~ '\n') * 10000) | indent(10 ** 6) }}",
     "wide JSON": "{{ [[messages]] | tojson(indent=10 ** 9) }}",
     "slow joining": "{{ range(99999) | map('string') | map('center', 99999) | join }}",
 }
@@ -117,11 +120,9 @@ async def test_no_template_exhausts_time_memory_or_output(attack: str) -> None:
 
 
 @pytest.mark.parametrize("source", COMPILATION.values(), ids=COMPILATION)
-async def test_no_template_exhausts_the_server_while_it_is_compiled(
-    source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("weft.text.chat._COMPILE_TIMEOUT_S", 0.5)
-    template = ChatTemplate(source, num_workers=1, limits=LIMITS_UNDER_TEST)
+async def test_no_template_exhausts_the_server_while_it_is_compiled(source: str) -> None:
+    limits = dataclasses.replace(LIMITS_UNDER_TEST, template_compile_timeout_s=0.5)
+    template = ChatTemplate(source, num_workers=1, limits=limits)
     started = time.monotonic()
 
     with pytest.raises(TemplateError, match="compile"):

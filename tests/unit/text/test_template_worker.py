@@ -2,13 +2,18 @@
 
 import io
 import json
+import signal
 import struct
+import subprocess
+import sys
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 
+from weft.text import template_worker
 from weft.text.template_worker import DECLARED, FAILURE, TEXT, RenderError, TemplateSet, serve
 
 USER = {"role": "user", "content": "hi"}
@@ -166,3 +171,43 @@ def test_the_wire_carries_length_kind_and_body() -> None:
     assert json.loads(received[1][1]) == {"default": ["messages", "x"]}
     assert json.loads(received[2][1])["kind"] == "template"
     assert received[3][1] == b"hi!"
+
+
+def start_worker(max_render_s: float) -> subprocess.Popen[bytes]:
+    limits = ["--memory-bytes=268435456", "--max-output-bytes=1000", f"--max-render-s={max_render_s}"]
+    command = [sys.executable, "-I", template_worker.__file__, *limits]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_a_worker_ends_when_its_parent_is_gone() -> None:
+    worker = start_worker(max_render_s=60.0)
+
+    worker.communicate(timeout=30)
+
+    assert worker.returncode == 0
+
+
+def test_a_rendering_without_end_ends_also_when_its_parent_is_gone() -> None:
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    body = json.dumps({"templates": {"default": source}}).encode()
+    request = {"template": "default", "messages": [USER], "tools": None, "documents": None, "variables": {}}
+    request |= {"add_generation_prompt": True, "continue_final_message": False}
+    endless = json.dumps(request).encode()
+    worker = start_worker(max_render_s=0.5)
+
+    worker.communicate(struct.pack(">I", len(body)) + body + struct.pack(">I", len(endless)) + endless, timeout=30)
+
+    assert worker.returncode == -signal.SIGALRM
+
+
+def test_a_worker_has_no_more_memory_than_given_and_writes_no_file() -> None:
+    worker = start_worker(max_render_s=60.0)
+    limits = Path(f"/proc/{worker.pid}/limits")
+    assert worker.stdout is not None
+    worker.stdout.read(5)  # the greeting comes when the limits are set
+
+    lines = {line[:26].strip(): line[26:].split()[:2] for line in limits.read_text().splitlines()}
+    worker.communicate(timeout=30)
+
+    assert lines["Max address space"] == ["268435456", "268435456"]
+    assert lines["Max file size"] == ["0", "0"]
