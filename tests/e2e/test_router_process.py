@@ -179,19 +179,19 @@ async def test_from_the_first_moment_to_the_last(tmp_path: Path):
 
 
 async def test_a_drain_ends_in_time_with_one_typed_error_per_stream(tmp_path: Path):
-    async with router(tmp_path, graceful_termination_timeout=1.0) as served:
-        async with shard_at(tmp_path / "shard-0.sock") as shard:
-            served.tell("ready")
-            await served.until_status(200)
-            shard.steps = asyncio.Semaphore(1)
-            async with served.client.stream("POST", "/v1/chat/completions", json=CHAT) as stream:
-                lines = stream.aiter_lines()
-                await anext(lines)
-                served.process.send_signal(signal.SIGTERM)
-                rest = [line async for line in lines if line]
-            assert rest[-1] == "data: [DONE]"
-            assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "generation"
-            assert await served.exit_code() == 0
+    impatient = router(tmp_path, graceful_termination_timeout=1.0)
+    async with impatient as served, shard_at(tmp_path / "shard-0.sock") as shard:
+        served.tell("ready")
+        await served.until_status(200)
+        shard.steps = asyncio.Semaphore(1)
+        async with served.client.stream("POST", "/v1/chat/completions", json=CHAT) as stream:
+            lines = stream.aiter_lines()
+            await anext(lines)
+            served.process.send_signal(signal.SIGTERM)
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "generation"
+        assert await served.exit_code() == 0
 
 
 async def test_a_second_signal_ends_it_at_once(tmp_path: Path):
@@ -206,8 +206,6 @@ async def test_a_second_signal_ends_it_at_once(tmp_path: Path):
             await served.until_status(503)
             served.process.send_signal(signal.SIGTERM)
             assert await served.exit_code(3) == 0
-            with pytest.raises(httpx.TransportError):
-                [line async for line in lines]
 
 
 async def test_a_launcher_that_dies_takes_its_router_along(tmp_path: Path):
