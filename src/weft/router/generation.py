@@ -76,6 +76,11 @@ class Generation:
                     return
         raise IncompleteGenerationError("Incomplete generation")
 
+    def _is_first_of_its_prompt(self, index: int) -> bool:
+        """Later choices of a prompt find what the first one has just computed, which is no news to the client."""
+        prompt = self._requests[index].prompt_token_ids
+        return index == 0 or self._requests[index - 1].prompt_token_ids is not prompt
+
     def _account(self, index: int, batch: TokenBatch) -> None:
         now_ns = self._context.clock.now_ns()
         last_ns, self._last_token_ns[index] = self._last_token_ns[index], now_ns
@@ -85,7 +90,8 @@ class Generation:
         exchange, report = self._exchange, batch[0].prompt
         if report is not None:
             exchange.timings.queue_ns = max(exchange.timings.queue_ns, report.queue_ns)
-            exchange.num_cached_tokens += report.num_cached_tokens
+            if self._is_first_of_its_prompt(index):
+                exchange.num_cached_tokens += report.num_cached_tokens
         if not exchange.timings.first_token_ns:
             exchange.timings.first_token_ns = now_ns
             exchange.stage = "decode"

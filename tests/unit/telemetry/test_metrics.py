@@ -1,6 +1,5 @@
 """The table and the text that Prometheus reads."""
 
-import math
 import re
 
 import pytest
