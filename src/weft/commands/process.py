@@ -7,11 +7,18 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
+from weft import __version__
 from weft.errors import UsageError
 
 
 def router(argv: Sequence[str], _environ: Mapping[str, str]) -> int:
-    """Run `weft.router.main`."""
+    """Run `weft.router.main`; `print-schema` writes the OpenAPI document, as TGI's router does."""
+    if list(argv) == ["print-schema"]:
+        document = importlib.import_module("weft.router.openapi").build_document(
+            importlib.import_module("weft.router.app").ROUTES, __version__
+        )
+        sys.stdout.write(document.decode() + "\n")
+        return 0
     return _run("weft.router.main", argv, "text-generation-launcher starts the router")
 
 

@@ -1,0 +1,49 @@
+"""Command lines of commands that have flags of their own: argparse, with this program's errors and exit codes."""
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from weft.errors import UsageError
+
+_Number = TypeVar("_Number", int, float)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises UsageError instead of ending the process; `--help` still prints and ends it."""
+
+    def __init__(self, command: str, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=command,
+            description=description,
+            epilog=epilog or None,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        raise UsageError(f"{self.prog}: {message}. {self.prog} --help shows every flag.")
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high`."""
+    return _number(int, "a whole number", low, high)
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from `low` to `high`."""
+    return _number(float, "a number", low, high)
+
+
+def _number(kind: type[_Number], name: str, low: _Number, high: _Number) -> Callable[[str], _Number]:
+    def parse(raw: str) -> _Number:
+        try:
+            value = kind(raw)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {name} from {low} to {high}. Given: {raw[:80]!r}")
+        return value
+
+    return parse
