@@ -4,9 +4,15 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from weft.config.settings import DEFAULT_MODEL
+
+# A busy machine is slow and not wrong: no deadline per example.
+hypothesis.settings.register_profile("weft", deadline=None)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=5_000)
+hypothesis.settings.load_profile("weft")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

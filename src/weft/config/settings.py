@@ -176,7 +176,7 @@ class Settings:
     lookahead: bool = _row(True, SWITCH, ENGINE, "Plan the next step while the current one runs")
     kernels: str = _row("auto", TEXT, ENGINE,
         "CPU kernel set; auto takes the best that the processor runs, reference is plain PyTorch",
-        choices=("auto", "reference", "avx2", "avx512"))
+        choices=("auto", "reference", "avx2", "avx512", "avx512-bf16"))
     threads: int | None = _row(None, INTEGER, ENGINE,
         "Compute threads per rank", auto="usable cores / ranks", minimum=1, maximum=1024)
     cuda_graphs: tuple[int, ...] = _row((1, 2, 4, 8, 16, 32), INTEGERS, ENGINE,

@@ -1,0 +1,125 @@
+"""Commands, their names in TGI, and how failures end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weft import __version__, cli
+
+
+def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Run the entry point of `words[0]` in this process; (exit code, output, errors)."""
+    entry = {
+        "weft": cli.main, "text-generation-launcher": cli.launcher_main, "text-generation-router": cli.router_main,
+        "text-generation-server": cli.server_main, "text-generation-benchmark": cli.benchmark_main,
+    }[words[0]]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(words))
+    status = entry()
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+@pytest.mark.parametrize("words", [("weft", "--version"), ("weft", "-V"), ("text-generation-launcher", "--version"),
+                                   ("text-generation-router", "-V"), ("weft", "serve", "--version")])  # fmt: skip
+def test_every_command_says_its_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert called(monkeypatch, capsys, *words) == (0, f"weft {__version__}\n", "")
+
+
+@pytest.mark.parametrize("words", [("weft",), ("weft", "--help"), ("weft", "help")])
+def test_the_overview_lists_all_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    status, output, _ = called(monkeypatch, capsys, *words)
+
+    assert status == 0
+    assert all(f"\n  {name} " in output for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("weft", "sevre"), "no command 'sevre'"),
+        (("weft", "serve", "--prot", "1"), "--prot: no such flag. Did you mean --port?"),
+        (("weft", "config"), "usage: weft config show"),
+        (("weft", "router"), "give it the --run-dir"),
+        (("weft", "shard", "--rank", "0"), "give it the --run-dir"),
+        (("text-generation-launcher", "--quantize", "awq"), "not supported yet"),
+        (("text-generation-router", "--port", "1"), "text-generation-launcher starts the router"),
+        (("text-generation-server", "quantize"), "say one of serve, download-weights"),
+        (("text-generation-server", "serve", "model"), "text-generation-launcher starts the shards"),
+        (("text-generation-benchmark", "-t", "x"), "`make bench` measures the whole server"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_code_2_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    status, output, errors = called(monkeypatch, capsys, *words)
+
+    assert (status, output) == (2, "")
+    assert errors.startswith("Error: ")
+    assert message in errors
+
+
+def test_a_model_that_is_not_there_ends_with_code_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, errors = called(
+        monkeypatch, capsys, "weft", "serve", "/no/such/model", "--hostname", "127.0.0.1", "--port", "39871",
+        "--shard-uds-path", str(tmp_path / "s"),
+    )  # fmt: skip
+
+    assert status == 3
+    assert "there is no file or directory '/no/such/model'" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tgis_download_command_takes_its_own_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    status, output, _ = called(
+        monkeypatch, capsys, "text-generation-server", "download-weights", str(tmp_path), "--extension", ".safetensors",
+        "--logger-level", "INFO", "--json-output", "--merge-lora",
+    )  # fmt: skip
+
+    assert (status, output) == (0, f"{tmp_path}\n")
+
+
+def test_config_show_gives_every_setting_its_value_and_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MAX_BEST_OF", "3")
+    monkeypatch.setenv("API_KEY", "hush-hush")
+
+    _, output, _ = called(monkeypatch, capsys, "weft", "config", "show", "--port", "3001")
+
+    rows = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
+    assert rows["port"] == ["3001", "--port"]
+    assert rows["max_best_of"] == ["3", "$MAX_BEST_OF"]
+    assert rows["api_key"] == ["***", "$API_KEY"]
+    assert rows["payload_limit"] == ["2000000", "default"]
+    assert "hush-hush" not in output
+
+
+def test_the_routers_schema_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, output, _ = called(monkeypatch, capsys, "text-generation-router", "print-schema")
+
+    assert status == 0
+    assert "/generate" in json.loads(output)["paths"]
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = Path(sys.executable).parent / "weft"
+
+    done = subprocess.run(
+        f"{program} serve --help-all | head -1", shell=True, capture_output=True, text=True, check=False,
+        executable="/bin/sh",
+    )  # fmt: skip
+
+    assert done.stderr == ""
