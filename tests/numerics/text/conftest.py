@@ -98,6 +98,14 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tekken_settings() -> dict[str, Any]:
+    """The settings in Mistral's `tekken.json`."""
+    with zipfile.ZipFile(download(MISTRAL, MISTRAL_SHA256)) as wheel:
+        settings: dict[str, Any] = json.loads(wheel.read("mistral_common/data/tekken_240911.json"))["config"]
+    return settings
+
+
+@pytest.fixture(scope="session")
 def sample_texts(llama_cpp_models: Path) -> list[str]:
     """llama.cpp's inputs: spaces, line ends, digits, emoji, Cyrillic, Khmer, Chinese, control characters."""
     return read_samples(llama_cpp_models / "ggml-vocab-qwen35.gguf.inp")

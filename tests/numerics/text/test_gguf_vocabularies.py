@@ -84,6 +84,10 @@ def test_a_rule_is_the_one_in_the_published_tokenizer(
     assert ours.prefers_whole_words == published["model"].get("ignore_merges", False)
 
 
+def test_the_tekken_rule_is_the_one_that_mistral_publishes(tekken_settings: dict[str, Any]) -> None:
+    assert PRE_TOKENIZERS["tekken"].steps[0]["pattern"] == {"Regex": tekken_settings["pattern"]}
+
+
 def write_gguf(path: Path, processor: Any) -> None:
     """Write a SentencePiece model as llama.cpp's converter does."""
     pieces = range(processor.get_piece_size())
