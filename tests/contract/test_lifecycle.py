@@ -1,9 +1,10 @@
 """Loading, ready, draining, failed: what probes and clients hear."""
 
 import pytest
-from tests.contract.house import build_house
+from tests.contract.house import build_house, say
 
 from weft.core.info import EngineHealth
+from weft.errors import DeadlineError, OverloadedError, RequestError
 from weft.router.lifecycle import Progress, ServerState
 
 GENERATIONS = {
@@ -100,8 +101,13 @@ async def test_many_probes_ask_the_engine_once_a_second():
     assert num_asked == 2
 
 
-async def test_info_waits_for_the_model():
-    assert (await build_house(state=ServerState.LOADING).get("/info")).status == 503
+@pytest.mark.parametrize("path", ["/info", "/v1/models"])
+async def test_facts_wait_for_the_model_and_then_stay(path: str):
+    house = build_house(state=ServerState.LOADING)
+    assert (await house.get(path)).status == 200
+    house.context.model = None
+
+    assert (await house.get(path)).status == 503
 
 
 @pytest.mark.parametrize("state", list(ServerState))
@@ -129,6 +135,15 @@ class TestAdmission:
                     assert answer.json == {"error": "Model is overloaded", "error_type": "overloaded"}
 
         assert (await house.post("/generate", {"inputs": "a"})).status == 200
+
+    @pytest.mark.parametrize(("error", "status"), [(OverloadedError("full"), 429), (DeadlineError("too late"), 503)])
+    async def test_an_engine_that_is_full_or_late_says_when_to_come_back(self, error: RequestError, status: int):
+        house = build_house(say("x", fail_after=0, error=error))
+
+        for path, body in GENERATIONS.items():
+            answer = await house.post(path, body)
+
+            assert (answer.status, answer.headers["retry-after"]) == (status, "2")
 
     async def test_a_bad_request_is_told_so_even_by_a_full_house(self):
         house = build_house(settings={"max_concurrent_requests": 1})

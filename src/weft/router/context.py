@@ -41,9 +41,13 @@ class RouterContext:
         self.probe = BackendProbe(self.backend, self.clock)
         self.streams = StreamWatch(self.clock, self.metrics)
 
-    def require_model(self) -> ServedModel:
-        """The model, when generation requests are welcome. Raises NotReadyError."""
-        self.lifecycle.require_ready()
+    def known_model(self) -> ServedModel:
+        """The model, also while its shards restart or the server drains. Raises NotReadyError before it is known."""
         if self.model is None:
             raise self.lifecycle.not_ready()
         return self.model
+
+    def require_model(self) -> ServedModel:
+        """The model, when generation requests are welcome. Raises NotReadyError."""
+        self.lifecycle.require_ready()
+        return self.known_model()

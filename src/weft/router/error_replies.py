@@ -7,10 +7,12 @@ import msgspec
 
 from weft.errors import (
     BadRequestError,
+    DeadlineError,
     GenerationError,
     IncompleteGenerationError,
     MalformedJsonError,
     NotReadyError,
+    OverloadedError,
     RequestError,
     TemplateError,
     UnauthorizedError,
@@ -29,6 +31,11 @@ _NATIVE_PREFIXES: tuple[tuple[type[RequestError], str], ...] = (
     (TemplateError, "Template error: "),
     (GenerationError, "Request failed during generation: "),
 )
+
+
+_WORTH_RETRYING = (OverloadedError, NotReadyError, DeadlineError)
+_DEFAULT_RETRY_AFTER_S = 2.0
+"""For errors that came over the wire, which carries no times."""
 
 
 class Dialect(StrEnum):
@@ -68,8 +75,11 @@ def body_of(error: RequestError, dialect: Dialect, progress: Progress) -> bytes:
 def headers_of(error: RequestError) -> RawHeaders:
     """Headers that tell a client what to do next."""
     headers: RawHeaders = []
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and isinstance(error, _WORTH_RETRYING):
+        retry_after_s = _DEFAULT_RETRY_AFTER_S
+    if retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(retry_after_s))))
     if isinstance(error, UnauthorizedError):
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

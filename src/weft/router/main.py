@@ -29,7 +29,7 @@ from weft.config import Settings, load_settings
 from weft.core.clock import Clock
 from weft.core.info import EngineInfo
 from weft.core.request import TokenId
-from weft.errors import NotReadyError, PortInUseError, StartupError
+from weft.errors import NotReadyError, PortInUseError, StartupError, TemplateError
 from weft.router.app import build_app
 from weft.router.backend import GrpcBackend
 from weft.router.context import RouterContext
@@ -40,6 +40,7 @@ from weft.router.served import ServedModel
 from weft.telemetry import logging as weft_logging
 from weft.telemetry.metrics import Registry
 from weft.text.assets import TextAssets, load_text_assets
+from weft.text.chat import ChatTemplate
 
 log = structlog.get_logger("weft.router")
 
@@ -213,8 +214,7 @@ class RouterProcess:
         if self._assets is None:
             raise StartupError("The launcher called the model ready before it said where it is")
         assets = await self._assets
-        if assets.chat_template is not None:
-            await assets.chat_template.start()
+        await _warm(assets.chat_template)
         self._context.model = served_model(self._settings, info, assets)
         self._context.compute_type = self._compute_type or compute_type(info)
         self._engine_metrics.note_info(info)
@@ -267,6 +267,17 @@ class RouterProcess:
 
     def _stop_now(self) -> None:
         self._server.should_exit = self._server.force_exit = True
+
+
+async def _warm(template: ChatTemplate | None) -> None:
+    """Compile the template. A defect of it ends no server: chat routes will say what is wrong, others work."""
+    if template is None:
+        log.warning("chat_template.missing")
+        return
+    try:
+        await template.start()
+    except TemplateError as error:
+        log.warning("chat_template.unusable", problem=error.message)
 
 
 def served_model(settings: Settings, info: EngineInfo, assets: TextAssets) -> ServedModel:

@@ -125,7 +125,7 @@ async def chat_tokenize(context: RouterContext, exchange: Exchange) -> None:
 
 async def info(context: RouterContext, exchange: Exchange) -> None:
     """GET /info and /model_info."""
-    model = context.require_model()
+    model = context.known_model()
     settings, engine = context.settings, model.info
     body = Info(
         model_id=settings.shown_model_name,

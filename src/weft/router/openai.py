@@ -159,15 +159,15 @@ async def completions(context: RouterContext, exchange: Exchange) -> None:
 
 async def models(context: RouterContext, exchange: Exchange) -> None:
     """GET /v1/models."""
-    model = context.require_model()
+    model = context.known_model()
     await exchange.reply(200, encode_json(ModelList(data=[_model(name, context, model) for name in _names(context)])))
 
 
 async def model_by_id(context: RouterContext, exchange: Exchange) -> None:
     """GET /v1/models/{id}; an id may hold slashes."""
-    model = context.require_model()
+    model = context.known_model()
     name = exchange.path_params["model_id"]
-    if name not in _names(context):
+    if not _is_known(name, context):
         raise _unknown_model(name, context)
     await exchange.reply(200, encode_json(_model(name, context, model)))
 
@@ -230,8 +230,8 @@ def _head(prefix: str, context: RouterContext, body: SamplingFields, model: Serv
     """Checks the model's name, too. Raises ModelNotServedError."""
     asked = body.model
     names = _names(context)
-    is_known = asked in PLACEHOLDER_NAMES or asked in names or context.settings.any_model_name
-    if asked is not None and not is_known:
+    is_any = asked is None or asked in PLACEHOLDER_NAMES or context.settings.any_model_name
+    if asked is not None and not is_any and not _is_known(asked, context):
         raise _unknown_model(asked, context)
     return AnswerHead(
         id=f"{prefix}-{new_request_id()}",
@@ -242,9 +242,13 @@ def _head(prefix: str, context: RouterContext, body: SamplingFields, model: Serv
 
 
 def _names(context: RouterContext) -> list[str]:
-    """Names of the model, the shown one first."""
+    """Names of the model that are shown, the preferred one first. The reference it was loaded by may be a path."""
     settings = context.settings
-    return list(dict.fromkeys((settings.shown_model_name, *settings.served_model_name, settings.model_id)))
+    return list(dict.fromkeys((settings.shown_model_name, *settings.served_model_name)))
+
+
+def _is_known(name: str, context: RouterContext) -> bool:
+    return name in _names(context) or name == context.settings.model_id
 
 
 def _model(name: str, context: RouterContext, model: ServedModel) -> Model:
@@ -252,7 +256,7 @@ def _model(name: str, context: RouterContext, model: ServedModel) -> Model:
         id=name,
         created=model.created_s,
         owned_by=context.settings.shown_model_name,
-        root=context.settings.model_id,
+        root=context.settings.shown_model_name,
         max_model_len=model.max_total_tokens,
     )
 
