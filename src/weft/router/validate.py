@@ -40,6 +40,8 @@ class Checked:
     num_sequences: int = 1
     max_new_tokens: int | None = None
     """None: as many as the context leaves."""
+    max_new_tokens_field: str = "max_new_tokens"
+    """What the client calls it."""
     min_new_tokens: int = 0
     ignore_eos: bool = False
 
@@ -218,7 +220,8 @@ def check_chat(body: ChatRequest, settings: Settings, model: ServedModel) -> Che
         "top_logprobs",
         "`top_logprobs` needs `logprobs`: true. Set it, or leave `top_logprobs` out",
     )
-    return _check_sampling(body, settings, model, max_tokens=max_tokens, top_n_tokens=top_logprobs)
+    checked = _check_sampling(body, settings, model, max_tokens=max_tokens, top_n_tokens=top_logprobs)
+    return replace(checked, max_new_tokens_field=name)
 
 
 def check_completion(body: CompletionRequest, settings: Settings, model: ServedModel) -> Checked:
@@ -255,7 +258,7 @@ def fit_openai(num_prompt_tokens: int, checked: Checked, model: ServedModel, fie
         raise ContextLengthError(
             f"This model's maximum context length is {model.max_total_tokens} tokens. Given: {num_prompt_tokens} in "
             f"`{field}` and {checked.max_new_tokens} for the completion. Ask for at most {room} or shorten `{field}`",
-            field="max_tokens",
+            field=checked.max_new_tokens_field,
         )
     return room if checked.max_new_tokens is None else checked.max_new_tokens
 
@@ -313,6 +316,7 @@ def _check_sampling(
         stop_strings=check_stop_strings(stop, settings.max_stop_sequences),
         num_sequences=body.n or 1,
         max_new_tokens=max_tokens,
+        max_new_tokens_field="max_tokens",
         min_new_tokens=body.min_tokens or 0,
         ignore_eos=bool(body.ignore_eos),
     )
