@@ -543,6 +543,18 @@ class TestFailures:
         assert answer.headers["retry-after"] == "2"
         assert answer.headers["content-type"] == "application/json"
 
+    @pytest.mark.parametrize(("path", "last"), [(CHAT, "[DONE]"), ("/generate_stream", None)])
+    async def test_a_bug_in_the_middle_of_a_stream_ends_it_with_one_typed_error(self, path: str, last: str | None):
+        house = build_house(say("abc", fail_after=2, error=ValueError("private")))
+
+        answer = await house.post(path, chat(stream=True, inputs="a"))
+
+        events = answer.events[:-1] if last else answer.events
+        assert last is None or answer.events[-1] == last
+        assert [event for event in events if "error" in event] == [events[-1]]
+        assert b"private" not in answer.body
+        assert house.context.admission.used == 0
+
     async def test_one_failing_choice_ends_all(self):
         scripts = iter([Script(token_ids=ids_of("a" * 30)), Script(token_ids=ids_of("bcd"), fail_after=2)])
         house = build_house(lambda _: next(scripts))
