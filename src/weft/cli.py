@@ -15,6 +15,7 @@ from weft.errors import StartupError, UsageError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("weft.commands.serve:serve", "serve a model over HTTP"),
     "chat": ("weft.commands.chat:chat", "talk to a model in the terminal"),
+    "batch": ("weft.commands.batch:batch", "answer a file of requests in OpenAI's batch format"),
     "download": ("weft.commands.download:download", "fetch a model into the cache and print where it is"),
     "config": ("weft.commands.config:config", "show every setting, its value and where the value comes from"),
     "router": ("weft.commands.process:router", "run the HTTP process alone, on a launcher's run directory"),
