@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.weft-$(INSTALL_KEY)
 INSTALLED_DEV := $(VENV)/.weft-dev-$(INSTALL_KEY)
 
 # pip talks too much or not at all; these are its lines that say what takes so long, and what went wrong.
-PIP_LINES := 2>&1 | { grep --line-buffered -E '^ *(Downloading|Installing collected|Building|ERROR|error)' | cut -c1-100 || true; }
+PIP_LINES := 2>&1 | { grep --line-buffered -E '^ *Downloading .*\([0-9.]{4,} MB\)|^ *(Installing collected|Building editable|ERROR|error)' | cut -c1-100 || true; }
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
 .PHONY: help setup setup-dev serve test check unit sim numerics contract e2e docs bench size format proto sanitize fuzz \

@@ -10,7 +10,8 @@ from weft.launcher import banner
 
 READY = {
     "num_parameters": 134_515_008, "model_type": "llama", "dtype": "bfloat16", "device_name": "CPU",
-    "kernel_set": "avx2", "weights_bytes": 270 * 2**20, "kv_pool_bytes": 4 * 2**30, "activation_bytes": 2**20, "free_bytes": 8 * 2**30,
+    "kernel_set": "avx2", "weights_bytes": 270 * 2**20, "kv_pool_bytes": 4 * 2**30, "activation_bytes": 2**20,
+    "free_bytes": 8 * 2**30,
     "max_total_tokens": 8192, "max_batch_total_tokens": 186_400, "max_num_sequences": 128, "batch_invariant": True,
     "phases": [["load", 0.7], ["warmup", 0.5]],
 }  # fmt: skip
