@@ -14,8 +14,22 @@ BYTE_LEVEL_TOKENS = ("<|start|>", "<|end|>", *BYTE_ALPHABET, "he", "hel", "Ġw",
 BYTE_LEVEL_MERGES = (("h", "e"), ("he", "l"), ("Ġ", "w"), ("Ġ", "he"), ("ð", "Ł"))
 USER_DEFINED = "<think>"
 
-SPACED_TOKENS = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "▁h", "▁hi", "é")
-SPACED_SCORES = (*(0.0,) * 259, -5.0, -6.0, -7.0, -2.0, -1.0, -8.0)
+SPACED_TOKENS = (
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    "h",
+    "i",
+    "▁h",
+    "▁hi",
+    "é",
+    "hi",
+    "ih",
+)
+SPACED_SCORES = (*(0.0,) * 259, -5.0, -6.0, -7.0, -2.0, -1.0, -8.0, -3.0, -1.5)
+"""Worse for `hi` than for `ih`, whose id is larger: only the score decides which is merged first."""
 
 
 def byte_level_tokenizer(*, adds_start: bool = False) -> Tokenizer:
@@ -36,7 +50,7 @@ def byte_level_tokenizer(*, adds_start: bool = False) -> Tokenizer:
 def spaced_tokenizer() -> Tokenizer:
     """Spaces written as ▁ and single bytes for what has no token, as Llama 2 and Gemma have it."""
     vocabulary = {token: token_id for token_id, token in enumerate(SPACED_TOKENS)}
-    merges = [("▁h", "i"), ("▁", "h")]
+    merges = [("▁h", "i"), ("▁", "hi"), ("i", "h"), ("▁", "h"), ("h", "i")]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -73,7 +87,7 @@ def write_spaced_gguf(path: Path, **changes: Any) -> Path:
             "model": "llama",
             "tokens": list(SPACED_TOKENS),
             "scores": list(SPACED_SCORES),
-            "token_type": [unknown, control, control, *[byte] * 256, *[normal] * 6],
+            "token_type": [unknown, control, control, *[byte] * 256, *[normal] * 8],
             "bos_token_id": 1,
             "eos_token_id": 2,
             "unknown_token_id": 0,
