@@ -84,7 +84,9 @@ class _Vocabulary:
                 f"The GGUF file lists {len(tokens)} tokens and {len(kinds)} kinds of tokens; it needs as many of both. "
                 "Use a file that was made for text generation."
             )
-        ids = {token: token_id for token_id, token in reversed(list(enumerate(tokens)))}
+        ids: dict[str, int] = {}
+        for token_id, token in enumerate(tokens):
+            ids.setdefault(token, token_id)
         return cls(tokens, kinds, ids)
 
     def special(self, metadata: GgufMetadata, name: str) -> int | None:
