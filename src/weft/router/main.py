@@ -7,6 +7,7 @@ generations, running ones finish (bounded), exit 0; a second SIGTERM ends at onc
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -138,7 +139,7 @@ class RouterProcess:
             loop.add_signal_handler(number, self._on_signal)
         threading.Thread(target=self._read_launcher, args=(loop,), daemon=True).start()
         await self._server.serve(sockets=[listener])
-        await self._backend.close()
+        await self._end_streams()
         return self._exit_code
 
     # --- what the launcher says -----------------------------------------------------------------------------------
@@ -264,6 +265,13 @@ class RouterProcess:
             log.warning("router.drain_timeout", num_generating=lifecycle.num_generating)
             await self._backend.close()
         self._server.should_exit = True
+
+    async def _end_streams(self) -> None:
+        """Whatever still runs is told that it ends; those that do not listen are left."""
+        await self._backend.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S / 4):
+                await self._context.lifecycle.wait_idle()
 
     def _stop_now(self) -> None:
         self._server.should_exit = self._server.force_exit = True
