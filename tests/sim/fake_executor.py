@@ -61,7 +61,7 @@ class _SlotTable:
     """Right entries of the tokens so far, extended when asked."""
     block_ids: list[int] = field(default_factory=list)
     is_lost: bool = False
-    """A step that raised left it undefined; the sequence must never be heard of again."""
+    """A step that raised left it undefined: whatever a row of it yields until the next start means nothing."""
 
     def entry(self, position: int) -> int:
         while len(self.entries) <= position:

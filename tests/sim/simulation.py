@@ -105,7 +105,7 @@ class _Client:
     tokens: list[TokenEvent] = field(default_factory=list)
     is_resumed: bool = False
     has_raised: bool = False
-    """A row of it stood in a step that raised."""
+    """A step that it was alone in raised."""
 
 
 @dataclass(slots=True)
@@ -228,7 +228,7 @@ class Simulation:
         _, sequences = next(iter(self.scheduler.open_rows()))
         for sequence in sequences:
             client = self._clients.get(sequence.request.request_id)
-            if client is not None:
+            if client is not None and len(sequences) == 1:
                 client.has_raised = True
         self._record(self.scheduler.fail_rows(plan, "generation", "The step failed."))
         self._check()

@@ -60,6 +60,8 @@ class Sequence:
     num_stale_rows: int = 0
     """Of those, the oldest ones whose result means nothing any more."""
     num_numerical_failures: int = 0
+    is_suspect: bool = False
+    """A step that raised had a row of it: it runs alone until one of its tokens is there."""
     has_started: bool = False
     """It got a row at least once."""
     queue_ns: int = 0

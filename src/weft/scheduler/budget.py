@@ -17,6 +17,8 @@ _MIN_SAMPLES_TO_CLIP = 4
 _MIN_TOKEN_NS = 1.0
 _TRUSTED_GROWTH = 4  # costs are not extrapolated beyond this many times the largest chunk measured lately
 _TRUSTED_TOKENS = 64  # …nor is less than this assumed to be known
+# With no stream to protect a step may last this many targets: who arrives or leaves meanwhile waits for its end.
+_TARGETS_WITHOUT_STREAMS = 4.0
 
 
 class StepCostModel:
@@ -98,9 +100,12 @@ class PrefillBudget:
     def tokens(self, num_decode_rows: int) -> int:
         """At least one block, so that a waiting prompt always gets on; at most TGI's budget less the decode rows."""
         limit = max(self._max_tokens - num_decode_rows, self._block_size)
-        if num_decode_rows == 0 or self._target_ns is None:
+        if self._target_ns is None:
             return limit
-        spare_ns = self._target_ns - self.costs.decode_ns(num_decode_rows)
+        if num_decode_rows == 0:
+            spare_ns = _TARGETS_WITHOUT_STREAMS * self._target_ns
+        else:
+            spare_ns = self._target_ns - self.costs.decode_ns(num_decode_rows)
         affordable = int(spare_ns / self.costs.prefill_token_ns())
         return max(min(limit, affordable, self.costs.trusted_tokens), self._block_size)
 

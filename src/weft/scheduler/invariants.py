@@ -20,6 +20,7 @@ def check(scheduler: Scheduler) -> None:
     """Raise InvariantBroken when the state contradicts itself."""
     _check_blocks(scheduler)
     _check_places(scheduler)
+    _check_suspects(scheduler)
     for sequence in scheduler.running:
         _check_table(scheduler, sequence)
     _check_marks(scheduler)
@@ -80,6 +81,18 @@ def _check_places(scheduler: Scheduler) -> None:
     _demand(len(waiting) == len(scheduler.queue), "the queue miscounts itself")
     num_fresh = sum(not sequence.has_started for sequence in waiting)
     _demand(num_fresh <= config.max_queue_requests, f"{num_fresh} requests in the queue")
+
+
+def _check_suspects(scheduler: Scheduler) -> None:
+    """Suspects are live and listed once; a plan with a suspect has no other row but stale ones."""
+    marked = [sequence for sequence in (*scheduler.running, *scheduler.queue) if sequence.is_suspect]
+    listed = list(scheduler.suspects)
+    _demand(len(listed) == len(marked) == len(set(listed)), "suspects are lost or doubled")
+    _demand(set(listed) == set(marked), "somebody is a suspect in one place only")
+    for plan, sequences in scheduler.open_rows():
+        is_alone = len(sequences) == 1
+        fresh = [s for s in sequences if s.is_suspect and s.num_open_rows > s.num_stale_rows and s.num_stale_rows == 0]
+        _demand(is_alone or not fresh, f"step {plan.step_id} has a suspect among {len(sequences)} rows")
 
 
 def _check_table(scheduler: Scheduler, sequence: Sequence) -> None:

@@ -69,6 +69,8 @@ class Planner:
 
     def draft(self, now_ns: int) -> Draft:
         """Rows for everybody who can go on. No rows: nothing to do."""
+        if self._roster.suspects:
+            return self._draft_alone(self._roster.suspects[0], now_ns)
         self._make_room()
         draft = Draft()
         prefilling = self._add_decodes(draft)
@@ -77,6 +79,25 @@ class Planner:
             for sequence, num_tokens in draft.chunks.items():
                 draft.add_row(sequence, num_tokens)
         return draft
+
+    def _draft_alone(self, suspect: Sequence, now_ns: int) -> Draft:
+        """A step of one suspect and nobody else. What the prefix index holds was computed by steps that worked."""
+        draft = Draft()
+        if suspect.is_last_token_planned or not (suspect.is_running or suspect.may_start):
+            return draft
+        self._vacate(self._blocks_for(suspect.num_expected) - len(suspect.block_ids), suspect)
+        if not suspect.is_running:
+            draft.starts.append(self._roster.start(suspect, [], now_ns))
+        self._grow_chunk(draft, suspect, self._budget.tokens(0))
+        for sequence, num_tokens in draft.chunks.items():
+            draft.add_row(sequence, num_tokens)
+        return draft
+
+    def _vacate(self, num_blocks: int, newcomer: Sequence) -> None:
+        """Preempt others until `num_blocks` and a slot are free."""
+        running, pool = self._roster.running, self._roster.pool
+        while pool.num_available < num_blocks or not (newcomer.is_running or len(running) < self._max_running):
+            self._roster.preempt(policy.choose_victim([other for other in running if other is not newcomer]))
 
     def _make_room(self) -> None:
         """Preempt until every running sequence could take its next block, the most important ones first."""

@@ -54,13 +54,17 @@ class ResultApplier:
             num_sampled += samples[row]
 
     def fail_all(self, opened: OpenPlan, code: str, message: str, events: list[Event]) -> None:
-        """The step raised: every sequence that waited for it ends."""
+        """The step raised. A sequence alone in it ends; of several, each must show that it was not the cause."""
         for sequence in opened.sequences:
             sequence.num_open_rows -= 1
             if sequence.num_stale_rows:
                 sequence.num_stale_rows -= 1
-            elif not sequence.is_ended:
+            elif sequence.is_ended:
+                continue
+            elif len(opened.sequences) == 1:
                 self.fail(sequence, code, message, events)
+            else:
+                self._roster.suspect(sequence)
 
     def fail(self, sequence: Sequence, code: str, message: str, events: list[Event]) -> None:
         """End one sequence with a failure."""
@@ -83,6 +87,7 @@ class ResultApplier:
                 row in special_rows
                 or sequence.is_ended
                 or sequence.num_stale_rows
+                or sequence.is_suspect
                 or not sequence.has_reported_prompt
                 or token_id in sequence.eos_token_ids
                 or len(known) + 1 >= sequence.max_tokens
@@ -123,6 +128,8 @@ class ResultApplier:
         if row in result.prompt_logprobs and sequence.wants_prompt_logprobs:
             sequence.collect_prompt_logprobs(first_position, result.prompt_logprobs[row])
         if place is not None:
+            if sequence.is_suspect:
+                self._roster.clear(sequence)
             top = result.top_tokens.get(row)
             self._emit(sequence, result.token_ids[place], result.logprobs[place], top, events)
 

@@ -29,6 +29,8 @@ class Roster:
         self.free_slots = [Slot(slot) for slot in range(config.max_num_sequences - 1, -1, -1)]
         self.live: dict[RequestId, Sequence] = {}
         """Every request that has not ended, in order of arrival."""
+        self.suspects: list[Sequence] = []
+        """Live sequences that must run alone, in the order in which they will."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -75,9 +77,25 @@ class Roster:
         self._give_back(sequence)
         self.queue.push_front(sequence)
 
+    def suspect(self, sequence: Sequence) -> None:
+        """A step with this sequence raised: what is open means nothing, and it starts again, alone."""
+        sequence.distrust_open_rows()
+        if not sequence.is_suspect:
+            sequence.is_suspect = True
+            self.suspects.append(sequence)
+        if sequence.is_running:
+            self.set_back(sequence)
+
+    def clear(self, sequence: Sequence) -> None:
+        """A suspect has run alone without harm, or is gone."""
+        sequence.is_suspect = False
+        self.suspects.remove(sequence)
+
     def end(self, sequence: Sequence) -> None:
         """Take a sequence out, whatever it is doing. In `running` it stays until `sweep`."""
         sequence.is_ended = True
+        if sequence.is_suspect:
+            self.clear(sequence)
         del self.live[sequence.request.request_id]
         if sequence.is_running:
             self._give_back(sequence)

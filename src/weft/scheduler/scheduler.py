@@ -3,7 +3,8 @@
 Theory of operation
     `plan_step` makes one plan in this order:
 
-    1. requests whose deadline passed in the queue fail;
+    1. requests whose deadline passed in the queue fail; if a step raised, the sequences it had now run alone, one
+       after another, until the culprit is found (see `fail_rows`), and the rest of this list waits;
     2. room is made: while the running sequences could not each take a next block, the least important one is
        preempted (it loses slot and blocks and is computed again later, prefix hits helping);
     3. every running sequence whose newest token alone is uncomputed gets a decode row;
@@ -136,7 +137,11 @@ class Scheduler:
         return events
 
     def fail_rows(self, plan: StepPlan, code: str, message: str) -> list[Event]:
-        """The oldest open plan raised instead of yielding a result: its sequences end, everything else goes on."""
+        """The oldest open plan raised instead of yielding a result.
+
+        A sequence that was alone in it ends with a failure. Several are computed again from their beginning, one at
+        a time, until the culprit is alone in a step that raises: nobody pays for another's request but with time.
+        """
         opened = self._oldest(plan)
         self._close(opened, 0)
         events: list[Event] = []
@@ -186,6 +191,11 @@ class Scheduler:
     def running(self) -> Seq[Sequence]:
         """Sequences with a slot, most important first."""
         return self._roster.running
+
+    @property
+    def suspects(self) -> Seq[Sequence]:
+        """Sequences that must run alone, because a step that had a row of them raised."""
+        return self._roster.suspects
 
     @property
     def free_slots(self) -> Seq[Slot]:

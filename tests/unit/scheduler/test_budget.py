@@ -54,8 +54,10 @@ def test_the_chunk_fills_what_the_target_leaves_beside_the_decode_rows() -> None
     assert make_taught_budget(target_ms=80, token_us=100, decode_ms=20).tokens(8) == pytest.approx(600, abs=2)
 
 
-def test_without_running_streams_the_whole_budget_is_used() -> None:
-    assert make_taught_budget().tokens(0) == 4096
+def test_without_running_streams_a_step_may_last_four_targets() -> None:
+    """A newcomer, or the end of a request that nobody waits for any more, is noticed between steps only."""
+    assert make_taught_budget(target_ms=80, token_us=100).tokens(0) == pytest.approx(3200, abs=2)
+    assert make_taught_budget(target_ms=80, token_us=10).tokens(0) == 4096
 
 
 def test_without_a_target_the_whole_budget_is_used() -> None:

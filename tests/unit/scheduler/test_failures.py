@@ -3,6 +3,8 @@
 import pytest
 from tests.unit.scheduler.builders import Crank, make_request, started
 
+from weft.core.request import RequestId
+
 NAN = "numerical_error"
 
 
@@ -218,17 +220,65 @@ def test_a_failed_row_among_decodes_does_not_shift_the_tokens_of_others() -> Non
     assert [crank.tokens_of(i)[-1].token_id for i in (0, 2)] == [300, 302]
 
 
-def test_a_step_that_raised_ends_its_sequences_and_the_scheduler_goes_on() -> None:
+def test_a_sequence_alone_in_a_step_that_raised_ends_and_the_scheduler_goes_on() -> None:
     crank = Crank()
-    crank.add(make_request(0), make_request(1))
+    crank.add(make_request(0))
     crank.step()
     crank.must_plan()
     crank.add(make_request(2))
 
     events = crank.fail_step()
 
-    assert [event.request_id for event in events] == [0, 1]
+    assert [event.request_id for event in events] == [0]
     assert crank.scheduler.stats().used_blocks == 0
     crank.run()
     assert len(crank.tokens_of(2)) == 4
-    assert crank.scheduler.stats().num_steps >= 2
+
+
+def test_several_sequences_of_a_step_that_raised_are_tried_one_by_one_and_lose_nothing() -> None:
+    crank = Crank()
+    crank.add(*(make_request(i) for i in range(3)))
+    crank.step()
+    crank.must_plan()
+
+    assert crank.fail_step() == []
+
+    rows = []
+    while len(rows) < 3:
+        plan = crank.must_plan()
+        rows.append(plan.num_rows)
+        crank.apply()
+    assert rows == [1, 1, 1]
+    assert crank.must_plan().num_rows == 3
+    crank.apply()
+    crank.run()
+    assert [len(crank.tokens_of(i)) for i in range(3)] == [4, 4, 4]
+
+
+def test_only_the_culprit_of_a_step_that_raised_ends() -> None:
+    crank = Crank()
+    crank.add(*(make_request(i) for i in range(3)))
+    crank.step()
+    crank.must_plan()
+    crank.fail_step()
+
+    crank.must_plan()
+    crank.apply()
+    crank.must_plan()
+    events = crank.fail_step()
+    crank.run()
+
+    assert [event.request_id for event in events] == [1]
+    assert [len(crank.tokens_of(i)) for i in (0, 2)] == [4, 4]
+
+
+def test_a_suspect_that_is_aborted_is_forgotten() -> None:
+    crank = Crank()
+    crank.add(make_request(0), make_request(1))
+    crank.must_plan()
+    crank.fail_step()
+
+    crank.scheduler.abort(RequestId(0))
+    crank.run()
+
+    assert len(crank.tokens_of(1)) == 4
