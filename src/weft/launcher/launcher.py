@@ -175,7 +175,11 @@ class Launcher:
             dead = await self._first_dead(until=self._all_ready)
             ready_at = time.monotonic()
             if dead is None:
-                await self._open_router()
+                # The banner must not promise what the next request finds untrue: it waits for the router.
+                self._router_ready.clear()
+                self._become("ready", phase="ready", percent=100)
+                dead = await self._first_dead(until=self._router_ready, timeout_s=_ROUTER_READY_S)
+            if dead is None:
                 if is_first_start:
                     self._announce(began, time.monotonic())
                 else:
@@ -237,19 +241,12 @@ class Launcher:
             for rank in range(world_size)
         ]  # fmt: skip
 
-    async def _open_router(self) -> None:
-        """Let clients in, and wait until they are: the banner must not promise what the next request finds untrue."""
-        self._router_ready.clear()
-        self._become("ready", phase="ready", percent=100)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._router_ready.wait(), timeout=_ROUTER_READY_S)
-
-    async def _first_dead(self, until: asyncio.Event) -> Child | None:
-        """The first shard to end; None when `until` comes first."""
+    async def _first_dead(self, until: asyncio.Event, timeout_s: float | None = None) -> Child | None:
+        """The first shard to end; None when `until` comes first, or time is up."""
         deaths = {asyncio.create_task(shard.wait()): shard for shard in self._shards}
         event = asyncio.create_task(until.wait())
         try:
-            done, _ = await asyncio.wait({*deaths, event}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*deaths, event}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (*deaths, event):
                 task.cancel()
