@@ -10,11 +10,12 @@ Why a table of our own: docs/adr/0006-config-table.md.
 """
 
 from weft.config.resolve import Resolution, resolve, resolve_with_origins
-from weft.config.settings import DEFAULT_MODEL, GROUPS, Settings, default_of, options
+from weft.config.settings import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, GROUPS, Settings, default_of, options
 from weft.config.store import load_settings, save_settings
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEFAULT_MODEL_SAMPLING",
     "GROUPS",
     "Resolution",
     "Settings",

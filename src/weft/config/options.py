@@ -69,6 +69,19 @@ def _parse_integers(raw: str) -> tuple[int, ...]:
     return tuple(_parse_integer(part) for part in raw.split(","))
 
 
+_SAMPLING_PAIR = re.compile(r"(temperature|top_p|min_p|repetition_penalty)=[0-9]{1,3}(\.[0-9]{1,6})?|top_k=[0-9]{1,6}")
+
+
+def _parse_sampling(raw: str) -> str:
+    pairs = [part.strip() for part in raw.split(",")]
+    names = [pair.partition("=")[0] for pair in pairs]
+    if pairs not in (["auto"], ["none"]) and not (
+        all(_SAMPLING_PAIR.fullmatch(pair) for pair in pairs) and len(set(names)) == len(names)
+    ):
+        raise ValueError(raw)
+    return ",".join(pairs)
+
+
 def _parse_log_level(raw: str) -> str:
     """Also reads TGI's `info,some_module=debug`: its first bare level is the one that matters here."""
     bare = next((part.strip().lower() for part in raw.split(",") if "=" not in part), raw.lower())
@@ -84,6 +97,11 @@ PATH = Kind("a path", "PATH", _parse_text)
 SIZE = Kind("a size in bytes such as 4GiB or 500MB", "BYTES", _parse_size)
 NAMES = Kind("names separated by commas", "NAME,…", _parse_names)
 INTEGERS = Kind("whole numbers separated by commas", "N,…", _parse_integers)
+SAMPLING = Kind(
+    "auto, none, or some of temperature=, top_p=, top_k=, min_p=, repetition_penalty= separated by commas",
+    "NAME=X,…",
+    _parse_sampling,
+)
 LOG_LEVEL = Kind("a log level", "LEVEL", _parse_log_level)
 
 

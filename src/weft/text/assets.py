@@ -22,6 +22,9 @@ from weft.text.tokenizer import Tokenizer, read_tokenizer_file
 
 Json = dict[str, Any]
 
+RECOMMENDED_SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What is read of `generation_config.json` beside the end-of-text ids."""
+
 _MAX_MODEL_LENGTH = 1 << 30
 """Larger values of `model_max_length` are transformers' way of saying that none is known."""
 
@@ -36,6 +39,8 @@ class TextAssets:
     """Name such as `bos_token` → text, for those that the model has."""
     eos_token_ids: tuple[int, ...]
     """Every id that ends a completion: of the generation settings, the model and the tokenizer."""
+    recommended_sampling: Mapping[str, float]
+    """Sampling parameters that the model's authors recommend, by the names of `RECOMMENDED_SAMPLING_NAMES`."""
     model_max_length: int | None
     """Longest sequence that the tokenizer's author had in mind, None when unknown."""
 
@@ -85,6 +90,7 @@ def load_text_assets(
         chat_template=ChatTemplate(templates, special_tokens) if templates else None,
         special_tokens=MappingProxyType(special_tokens),
         eos_token_ids=_eos_token_ids(directory, tokenizer, special_tokens.get("eos_token")),
+        recommended_sampling=MappingProxyType(_recommended_sampling(directory)),
         model_max_length=_model_max_length(config),
     )
 
@@ -178,6 +184,16 @@ def _eos_token_ids(directory: Path, tokenizer: Tokenizer, eos_token: str | None)
     if eos_token is not None:
         ids.add(tokenizer.token_to_id(eos_token))
     return tuple(sorted(token_id for token_id in ids if isinstance(token_id, int)))
+
+
+def _recommended_sampling(directory: Path) -> dict[str, float]:
+    """Returns the recommended parameters that are in range; a model recommended to be greedy gets temperature 0."""
+    settings = _read_json(directory / "generation_config.json")
+    named = {name: settings.get(name) for name in RECOMMENDED_SAMPLING_NAMES}
+    found = {name: float(value) for name, value in named.items() if isinstance(value, int | float) and value >= 0}
+    if found.get("temperature", 1.0) > 0 and settings.get("do_sample") is False:
+        found["temperature"] = 0.0
+    return found
 
 
 def _model_max_length(config: Json) -> int | None:
