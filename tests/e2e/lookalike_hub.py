@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 from collections import defaultdict
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -57,7 +58,11 @@ class LookalikeHub:
         self._thread.join()
 
     def etag(self, name: str) -> str:
-        body = self.files[name]
+        return self._etag(self.files[name])
+
+    @staticmethod
+    @cache
+    def _etag(body: bytes) -> str:
         if len(body) >= LARGE_BYTES:
             return hashlib.sha256(body).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
