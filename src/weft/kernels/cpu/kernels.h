@@ -160,8 +160,8 @@ struct KernelTable {
 
   int64_t (*attention_scratch_bytes)(const AttentionArguments&, int64_t max_rows);
   int64_t (*attention_state_floats)(const AttentionArguments&, int64_t rows);
-  // All parts of a piece, written to `out`.
-  void (*attend)(const AttentionArguments&, const AttentionPiece&, void* scratch);
+  // All parts of a piece, written to `out`. `next` is the piece the thread does afterwards, or nullptr.
+  void (*attend)(const AttentionArguments&, const AttentionPiece&, const AttentionPiece* next, void* scratch);
   // One part of a piece, left in `state`; then the parts first_part … first_part + parts - 1, written to `out`.
   void (*attend_part)(const AttentionArguments&, const AttentionPiece&, int64_t part, float* state, void* scratch);
   void (*merge_parts)(const AttentionArguments&, const AttentionPiece&, float* states, int64_t parts);

@@ -17,20 +17,26 @@ WEFT_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / 
 
 // ---- Elementary functions -------------------------------------------------------------------------------------
 
-// 2^x, relative error below 2·10⁻⁷; exactly 1 at 0, 0 at -inf, NaN at NaN.
-// Polynomial: Taylor series of 2^f = e^(f ln 2) on [-½, ½] up to f⁶; the first term left out is below 7·10⁻⁸… of 1.
+// 2^x, exactly 1 at 0, 0 at -inf, NaN at NaN. The fraction's power is a polynomial fitted to least relative error with
+// p(0) = 1: 3·10⁻⁶ with four terms, for weights that are then rounded to bfloat16; 1.4·10⁻⁷ with five.
+template <int kTerms>
 WEFT_INLINE Floats exp2(Floats x) {
-  const Floats bounded = max(set(-200.0f), x);
-  const Floats whole = round_to_integer(bounded);
-  const Floats f = subtract(bounded, whole);
-  Floats y = set(1.5403530e-4f);
-  y = fma(y, f, set(1.3333558e-3f));
-  y = fma(y, f, set(9.6181291e-3f));
-  y = fma(y, f, set(5.5504109e-2f));
-  y = fma(y, f, set(2.4022651e-1f));
-  y = fma(y, f, set(6.9314718e-1f));
-  y = fma(y, f, set(1.0f));
-  return scale_by_power(y, whole);
+  static_assert(kTerms == 4 || kTerms == 5, "coefficients are given for these");
+  const Floats f = fraction(x);
+  Floats y;
+  if (kTerms == 4) {
+    y = set(0.013426685705780983f);
+    y = fma(y, f, set(0.052242472767829895f));
+    y = fma(y, f, set(0.2412802129983902f));
+    y = fma(y, f, set(0.6930448412895203f));
+  } else {
+    y = set(0.0018671301659196615f);
+    y = fma(y, f, set(0.009017029777169228f));
+    y = fma(y, f, set(0.05579991266131401f));
+    y = fma(y, f, set(0.24016444385051727f));
+    y = fma(y, f, set(0.6931512951850891f));
+  }
+  return scale_by_floor(fma(y, f, set(1.0f)), x);
 }
 
 // e^x with the argument reduced in two steps, so that large |x| loses nothing.
@@ -308,13 +314,15 @@ constexpr float kNothingSeen = -1e30f;
 
 WEFT_INLINE int64_t output_width(const AttentionArguments& a) { return round_up(a.head_size, kLanes); }
 
+// Room for a whole vector from any row on.
+WEFT_INLINE int64_t padded_rows(int64_t rows) { return round_up(rows + kLanes, 16); }
+
 int64_t attention_state_floats(const AttentionArguments& a, int64_t rows) {
-  return round_up(rows, 16) + rows * kLanes + rows * output_width(a);
+  return padded_rows(rows) + rows * kLanes + rows * output_width(a);
 }
 
-WEFT_INLINE State state_at(const AttentionArguments& a, float* memory, int64_t rows) {
-  float* const l = memory + round_up(rows, 16);
-  (void)a;
+WEFT_INLINE State state_at(float* memory, int64_t rows) {
+  float* const l = memory + padded_rows(rows);
   return {memory, l, l + rows * kLanes};
 }
 
@@ -325,57 +333,45 @@ struct Workspace {
   uint32_t* keys;    // panel of one tile: [steps over D][32] words
   uint32_t* values;  // panel of one tile: [steps over positions][Do] words
   float* row;        // one widened key row per lane of a transposition: [kTransposeSize, D]
-  float* decay;      // [rows] factor on what a row had gathered before the current tile
+  float* decay;      // [rows] factor on what a row had gathered before the tile
   State part;
   State total;
 };
 
-WEFT_INLINE Workspace workspace_at(const AttentionArguments& a, void* memory, int64_t rows) {
-  uint8_t* next = static_cast<uint8_t*>(memory);
-  const auto take = [&next](int64_t bytes) {
-    uint8_t* const taken = next;
-    next += round_up(bytes, 64);
+// Cuts the workspace out of `memory`; returns the bytes it takes.
+WEFT_INLINE int64_t cut_workspace(const AttentionArguments& a, uint8_t* memory, int64_t rows, Workspace* w) {
+  int64_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    uint8_t* const taken = memory + used;
+    used += round_up(bytes, 64);
     return taken;
   };
+  w->q = take(rows * a.head_size * 4);
+  w->weights = take(rows * kTilePositions * 4);
+  w->keys = reinterpret_cast<uint32_t*>(take(a.head_size * kTilePositions * 4));
+  w->values = reinterpret_cast<uint32_t*>(take(kTilePositions * output_width(a) * 4));
+  w->row = reinterpret_cast<float*>(take(kTransposeSize * a.head_size * 4));
+  w->decay = reinterpret_cast<float*>(take(padded_rows(rows) * 4));
+  w->part = state_at(reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
+  w->total = state_at(reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
+  return used;
+}
+
+WEFT_INLINE Workspace workspace_at(const AttentionArguments& a, void* memory, int64_t rows) {
   Workspace w;
-  w.q = take(rows * a.head_size * 4);
-  w.weights = take(rows * kTilePositions * 4);
-  w.keys = reinterpret_cast<uint32_t*>(take(a.head_size * kTilePositions * 4));
-  w.values = reinterpret_cast<uint32_t*>(take(kTilePositions * output_width(a) * 4));
-  w.row = reinterpret_cast<float*>(take(kTransposeSize * a.head_size * 4));
-  w.decay = reinterpret_cast<float*>(take(rows * 4));
-  w.part = state_at(a, reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
-  w.total = state_at(a, reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
+  cut_workspace(a, static_cast<uint8_t*>(memory), rows, &w);
   return w;
 }
 
 int64_t attention_scratch_bytes(const AttentionArguments& a, int64_t rows) {
-  const int64_t fixed = a.head_size * kTilePositions * 4 + kTilePositions * output_width(a) * 4 +
-                        kTransposeSize * a.head_size * 4;
-  const int64_t by_rows = rows * (a.head_size + kTilePositions + 1) * 4 + 2 * attention_state_floats(a, rows) * 4;
-  return fixed + by_rows + 16 * 64;
-}
-
-// Where the keys or values of one position stand.
-template <typename Element>
-WEFT_INLINE const Element* position_row(const AttentionArguments& a, const void* pool, const AttentionPiece& piece,
-                                        int64_t position) {
-  const int64_t block = a.block_tables[piece.sequence * a.table_stride + position / a.block_size];
-  const int64_t row = (block * a.kv_heads + piece.kv_head) * a.block_size + position % a.block_size;
-  return static_cast<const Element*>(pool) + row * a.head_size;
+  Workspace w;
+  return cut_workspace(a, nullptr, rows, &w);
 }
 
 alignas(64) const uint32_t kZeroRow[1024] = {};
 
-struct FloatArithmetic {
-  using Dot = FloatDot;
-  using Element = float;
-  static constexpr int64_t kPerWord = 1;
-
-  WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
-    for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
-  }
-};
+constexpr int kGroupsPerTile = kTilePositions / 8;
+constexpr int64_t kUnseen = -1;
 
 // Positions of a piece whose keys some row sees: [begin, end). Nothing else is read, and values elsewhere count as
 // zero: memory that nobody has written may hold NaN, and a weight of zero does not silence it.
@@ -384,164 +380,247 @@ struct Seen {
   int64_t end;
 };
 
-// First row of the group of 8 positions at `first`, nullptr when none of them is seen.
-template <typename Stored>
-WEFT_INLINE const Stored* seen_group(const AttentionArguments& a, const void* pool, const AttentionPiece& piece,
-                                     const Seen& seen, int64_t first) {
-  if (first >= seen.end || first + 8 <= seen.begin) return nullptr;
-  return position_row<Stored>(a, pool, piece, first);
+// Where the keys and values of a tile stand: for each run of 8 positions, which never crosses a block, the row of the
+// pool [N · Hkv · B, D] that it starts at, or kUnseen.
+struct TileRows {
+  int64_t group[kGroupsPerTile];
+};
+
+WEFT_INLINE TileRows find_rows(const AttentionArguments& a, const AttentionPiece& piece, const Seen& seen,
+                               int64_t tile) {
+  const int32_t* const table = a.block_tables + piece.sequence * a.table_stride;
+  TileRows rows;
+  for (int group = 0; group < kGroupsPerTile; ++group) {
+    const int64_t first = tile + group * 8;
+    if (first >= seen.end || first + 8 <= seen.begin) {
+      rows.group[group] = kUnseen;
+    } else if (group > 0 && rows.group[group - 1] != kUnseen && a.block_size % kTilePositions == 0) {
+      rows.group[group] = rows.group[group - 1] + 8;  // a division costs as much as the rest of this function
+    } else {
+      const int64_t block = table[static_cast<uint32_t>(first) / static_cast<uint32_t>(a.block_size)];
+      const int64_t offset = static_cast<uint32_t>(first) % static_cast<uint32_t>(a.block_size);
+      rows.group[group] = (block * a.kv_heads + piece.kv_head) * a.block_size + offset;
+    }
+  }
+  return rows;
 }
 
-// Lays the keys of positions tile … tile + 31 out as a panel of 32 columns.
+// Asks for `bytes` bytes of the pool at the given row. A row that is not seen asks for nothing new.
+WEFT_INLINE void prefetch_rows(const void* pool, int64_t row_bytes, int64_t row, int64_t bytes) {
+  const uint8_t* const from = static_cast<const uint8_t*>(pool) + (row == kUnseen ? 0 : row) * row_bytes;
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+}
+
+// What a thread visits: one piece, and the piece after it, whose first tiles are asked for in time.
+struct Visit {
+  const AttentionPiece* piece;
+  Seen seen;
+  const AttentionPiece* next;  // nullptr: none
+  Seen next_seen;
+};
+
+WEFT_INLINE int64_t first_position_of(const AttentionArguments& a, const AttentionPiece& piece) {
+  const int64_t length = a.query_starts[piece.sequence + 1] - a.query_starts[piece.sequence];
+  return a.context_lens[piece.sequence] - length + piece.first_query;
+}
+
+WEFT_INLINE Seen seen_by(const AttentionArguments& a, const AttentionPiece& piece) {
+  const int64_t first_position = first_position_of(a, piece);
+  return {a.window > 0 ? larger(first_position - a.window + 1, 0) : 0, first_position + piece.num_queries};
+}
+
+WEFT_INLINE int64_t first_tile_of(const Seen& seen) { return seen.begin / kTilePositions * kTilePositions; }
+
+// Rows of the tile at `tile`, or of the next piece when this one ends before.
+WEFT_INLINE TileRows find_later_rows(const AttentionArguments& a, const Visit& visit, int64_t tile) {
+  const int64_t past = tile - round_up(visit.seen.end, kTilePositions);
+  if (past < 0 || visit.next == nullptr) return find_rows(a, *visit.piece, visit.seen, tile);
+  return find_rows(a, *visit.next, visit.next_seen, first_tile_of(visit.next_seen) + past);
+}
+
+// Lays the keys of a tile out as a panel of 32 columns. While it reads a group of positions it asks for the same group
+// of a tile that comes later: spread like this requests reach twice the rate of requests made in a burst.
 template <typename Arithmetic, typename Stored>
-WEFT_INLINE void gather_keys(const AttentionArguments& a, const AttentionPiece& piece, int64_t tile, const Seen& seen,
-                             const Workspace& w) {
+WEFT_INLINE void gather_keys(const AttentionArguments& a, const TileRows& at, const TileRows& later, uint32_t* panel,
+                             float* widened) {
   const int64_t words = a.head_size / Arithmetic::kPerWord;
+  const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
   for (int64_t first = 0; first < kTilePositions; first += kTransposeSize) {
     const uint32_t* rows[kTransposeSize];
-#pragma GCC unroll 16
+#pragma GCC unroll 2
     for (int i = 0; i < kTransposeSize; i += 8) {
-      const Stored* base = seen_group<Stored>(a, a.keys, piece, seen, tile + first + i);
+      const int64_t row = at.group[(first + i) / 8];
+      const Stored* base = static_cast<const Stored*>(a.keys) + row * a.head_size;
+#pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-        if (base == nullptr) {
+        if (row == kUnseen) {
           rows[i + j] = kZeroRow;
         } else if constexpr (sizeof(Stored) == sizeof(typename Arithmetic::Element)) {
           rows[i + j] = reinterpret_cast<const uint32_t*>(base + j * a.head_size);
         } else {
-          float* widened = w.row + (i + j) * a.head_size;
-          convert_elements(base + j * a.head_size, widened, a.head_size);
-          rows[i + j] = reinterpret_cast<const uint32_t*>(widened);
+          convert_elements(base + j * a.head_size, widened + (i + j) * a.head_size, a.head_size);
+          rows[i + j] = reinterpret_cast<const uint32_t*>(widened + (i + j) * a.head_size);
         }
       }
     }
-    for (int64_t word = 0; word < words; word += kTransposeSize) {
-      transpose_words(rows, smaller(words - word, kTransposeSize), w.keys + word * kTilePositions + first,
+    const int64_t steps = (words + kTransposeSize - 1) / kTransposeSize;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t word = step * kTransposeSize;
+      for (int group = 0; group < kTransposeSize / 8; ++group) {
+        const int64_t bytes = 8 * row_bytes / steps;
+        const int64_t row = later.group[first / 8 + group];
+        prefetch_rows(static_cast<const uint8_t*>(a.keys) + step * bytes, row_bytes, row, bytes);
+      }
+      transpose_words(rows, smaller(words - word, kTransposeSize), panel + word * kTilePositions + first,
                       kTilePositions);
+#pragma GCC unroll 16
       for (int i = 0; i < kTransposeSize; ++i) rows[i] += kTransposeSize;
     }
   }
 }
 
-// Lays the values out for sums over positions.
+// Row of values of the tile's position number `index`; zeros when it is not seen, which only tiles at the ends need
+// to look at.
 template <typename Stored>
-WEFT_INLINE void gather_values(FloatArithmetic, const AttentionArguments& a, const AttentionPiece& piece, int64_t tile,
-                               const Seen& seen, const Workspace& w) {
-  const int64_t width = output_width(a);
-  for (int64_t offset = 0; offset < kTilePositions; offset += 8) {
-    const int64_t first = tile + offset;
-    const Stored* base = seen_group<Stored>(a, a.values, piece, seen, first);
-    for (int64_t j = 0; j < 8; ++j) {
-      const bool is_seen = first + j >= seen.begin && first + j < seen.end;
-      const Stored* from = is_seen ? base + j * a.head_size : reinterpret_cast<const Stored*>(kZeroRow);
-      float* out = reinterpret_cast<float*>(w.values) + (offset + j) * width;
-      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load_up_to(from + d, larger(a.head_size - d, 0)));
-    }
-  }
+WEFT_INLINE const Stored* value_row(const AttentionArguments& a, const TileRows& at, int64_t index) {
+  return static_cast<const Stored*>(a.values) + (at.group[index / 8] + index % 8) * a.head_size;
+}
+template <typename Stored>
+WEFT_INLINE const Stored* value_row_or_zeros(const AttentionArguments& a, const TileRows& at, const Seen& seen,
+                                             int64_t tile, int64_t index) {
+  const bool is_seen = tile + index >= seen.begin && tile + index < seen.end;
+  return is_seen ? value_row<Stored>(a, at, index) : reinterpret_cast<const Stored*>(kZeroRow);
+}
+WEFT_INLINE bool is_whole(const Seen& seen, int64_t tile) {
+  return tile >= seen.begin && tile + kTilePositions <= seen.end;
 }
 
-#ifdef __AVX512BF16__
-// Arithmetic in bfloat16 pairs with one rounding of the softmax weights to bfloat16.
-struct PairArithmetic {
-  using Dot = Bf16Dot;
-  using Element = uint16_t;
-  static constexpr int64_t kPerWord = 2;
+struct FloatArithmetic {
+  using Dot = FloatDot;
+  using Element = float;
+  static constexpr int64_t kPerWord = 1;
+  static constexpr int kTermsOfExp2 = 5;
 
   WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
     for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
   }
+
+  // Lays the values of a tile out for sums over positions.
+  template <typename Stored>
+  WEFT_INLINE void gather_values(const AttentionArguments& a, const TileRows& at, const TileRows& later, const Seen& seen,
+                                 int64_t tile, uint32_t* panel) {
+    const int64_t width = output_width(a);
+    const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
+    for (int64_t index = 0; index < kTilePositions; ++index) {
+      if (index % 8 == 0) prefetch_rows(a.values, row_bytes, later.group[index / 8], 8 * row_bytes);
+      const Stored* from = value_row_or_zeros<Stored>(a, at, seen, tile, index);
+      float* out = reinterpret_cast<float*>(panel) + index * width;
+      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load_up_to(from + d, larger(a.head_size - d, 0)));
+    }
+  }
 };
 
-template <typename Stored>
-WEFT_INLINE void gather_values(PairArithmetic, const AttentionArguments& a, const AttentionPiece& piece, int64_t tile,
-                               const Seen& seen, const Workspace& w) {
-  static_assert(sizeof(Stored) == 2, "pairs are read as they are stored");
-  const int64_t width = output_width(a);
-  const Stored* const zeros = reinterpret_cast<const Stored*>(kZeroRow);
-  for (int64_t offset = 0; offset < kTilePositions; offset += 8) {
-    const int64_t first = tile + offset;
-    const Stored* base = seen_group<Stored>(a, a.values, piece, seen, first);
-    for (int64_t j = 0; j < 8; j += 2) {
-      const auto row = [&](int64_t i) {
-        return first + i >= seen.begin && first + i < seen.end ? base + i * a.head_size : zeros;
-      };
-      const Stored *even = row(j), *odd = row(j + 1);
-      interleave_pairs(even, odd, w.values + (offset + j) / 2 * width, a.head_size);
+#ifdef __AVX512BF16__
+// Arithmetic in bfloat16 pairs, with one rounding of the softmax weights to bfloat16.
+struct PairArithmetic {
+  using Dot = Bf16Dot;
+  using Element = uint16_t;
+  static constexpr int64_t kPerWord = 2;
+  static constexpr int kTermsOfExp2 = 4;
+
+  WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
+  }
+
+  template <typename Stored>
+  WEFT_INLINE void gather_values(const AttentionArguments& a, const TileRows& at, const TileRows& later, const Seen& seen,
+                                 int64_t tile, uint32_t* panel) {
+    static_assert(sizeof(Stored) == sizeof(Element), "pairs are read as they are stored");
+    const int64_t width = output_width(a);
+    const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
+    if (is_whole(seen, tile)) {
+      for (int64_t index = 0; index < kTilePositions; index += 2) {
+        const int64_t row = later.group[index / 8];
+        prefetch_rows(a.values, row_bytes, row == kUnseen ? row : row + index % 8, 2 * row_bytes);
+        const Stored* even = value_row<Stored>(a, at, index);
+        interleave_pairs(even, even + a.head_size, panel + index / 2 * width, a.head_size);
+      }
+      return;
+    }
+    for (int64_t index = 0; index < kTilePositions; index += 2) {
+      interleave_pairs(value_row_or_zeros<Stored>(a, at, seen, tile, index),
+                       value_row_or_zeros<Stored>(a, at, seen, tile, index + 1), panel + index / 2 * width,
+                       a.head_size);
     }
   }
-}
+};
 #endif
 
-// Asks for the keys and values of the tile at `tile`, if there is one before `end`.
-WEFT_INLINE void prefetch_tile(const AttentionArguments& a, const AttentionPiece& piece, int64_t tile, int64_t end) {
-  const int64_t group_bytes = 8 * a.head_size * bytes_per_element(a.kv_dtype);
-  for (int64_t first = tile; first < smaller(tile + kTilePositions, end); first += 8) {
-    const uint8_t* keys;
-    const uint8_t* values;
-    if (a.kv_dtype == kFloat32) {
-      keys = reinterpret_cast<const uint8_t*>(position_row<float>(a, a.keys, piece, first));
-      values = reinterpret_cast<const uint8_t*>(position_row<float>(a, a.values, piece, first));
-    } else {
-      keys = reinterpret_cast<const uint8_t*>(position_row<uint16_t>(a, a.keys, piece, first));
-      values = reinterpret_cast<const uint8_t*>(position_row<uint16_t>(a, a.values, piece, first));
-    }
-    for (int64_t byte = 0; byte < group_bytes; byte += 64) {
-      __builtin_prefetch(keys + byte);
-      __builtin_prefetch(values + byte);
-    }
-  }
-}
-
-// What all rows of a piece share while one tile is visited.
+// What all rows of a piece share while a tile is visited.
 struct Tile {
   int64_t first;           // absolute position of its first key
   int64_t first_position;  // absolute position of the piece's first query
   int64_t group;           // query heads per key head
 };
 
-// Scores of kRows rows against the tile, online softmax, weights stored.
+// Online softmax of kRows rows over a tile: `scores` become weights, the rows' m and l are brought up to date.
 template <typename Arithmetic, int kRows>
-WEFT_INLINE void score_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row) {
-  using Element = typename Arithmetic::Element;
+WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row,
+                             Floats (&scores)[kRows][kVectorsPerPanel]) {
   constexpr float kLog2E = 1.44269504f;
-  Floats scores[kRows][kVectorsPerPanel];
-  for (auto& of_row : scores) {
-    for (Floats& score : of_row) score = zero();
-  }
-  const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Element));
-  accumulate<typename Arithmetic::Dot, kRows, 1, kVectorsPerPanel, 0>(
-      scores, w.q + row * row_bytes, row_bytes, reinterpret_cast<const uint8_t*>(w.keys), 0, kTilePositions * 4,
-      a.head_size / Arithmetic::kPerWord);
-  const bool capped = a.softcap > 0.0f;
-  const Floats factor = set(capped ? a.softcap * kLog2E : a.scale * kLog2E);
+  constexpr int kTerms = Arithmetic::kTermsOfExp2;
+  const bool is_capped = a.softcap > 0.0f;
+  Floats largest[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const int64_t position = tile.first_position + (row + r) / tile.group;
     const int32_t high = static_cast<int32_t>(smaller(position - tile.first, kTilePositions));
     const int32_t low = a.window > 0 ? static_cast<int32_t>(larger(position - a.window - tile.first, -1)) : -1;
-    Floats largest = set(kNothingSeen);
-    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
-      Floats score = scores[r][vector];
-      if (capped) score = tanh(multiply(score, set(a.scale / a.softcap)));
-      score = multiply(score, factor);
-      if (high < kTilePositions - 1 || low >= 0) score = keep_between(score, vector * kLanes, low, high);
-      scores[r][vector] = score;
-      largest = max(score, largest);
+    if (is_capped) {
+      for (Floats& score : scores[r]) score = tanh(multiply(score, set(a.scale / a.softcap)));
     }
-    const float before = w.part.m[row + r];
-    const float tile_largest = max_of_lanes(largest);
-    const float m = tile_largest > before ? tile_largest : before;
-    const Floats decay = exp2(set(before - m));
-    Floats weights[kVectorsPerPanel];
-    Floats sum = multiply(load(w.part.l + (row + r) * kLanes), decay);
-    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
-      weights[vector] = exp2(subtract(scores[r][vector], set(m)));
-      sum = add(sum, weights[vector]);
+    if (high < kTilePositions - 1 || low >= 0) {
+      for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+        scores[r][vector] = keep_between(scores[r][vector], vector * kLanes, low, high);
+      }
     }
-    w.part.m[row + r] = m;
-    store_first(w.decay + row + r, decay, 1);
-    store(w.part.l + (row + r) * kLanes, sum);
-    Arithmetic::store_weights(reinterpret_cast<Element*>(w.weights) + (row + r) * kTilePositions, weights);
+    largest[r] = scores[r][0];
+    for (int vector = 1; vector < kVectorsPerPanel; ++vector) largest[r] = max(scores[r][vector], largest[r]);
   }
+  const Floats factor = set((is_capped ? a.softcap : a.scale) * kLog2E);
+  const Floats before = load(w.part.m + row);  // one lane per row, as in all that follows; more lanes than rows
+  const Floats m = max(multiply(max_of_each(largest), factor), before);
+  const Floats decay = exp2<kTerms>(subtract(before, m));
+  store_first(w.part.m + row, m, kRows);
+  store_first(w.decay + row, decay, kRows);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Floats shift = subtract(zero(), lane(m, r));
+    float* const l = w.part.l + (row + r) * kLanes;
+    Floats sum = multiply(load(l), lane(decay, r));
+#pragma GCC unroll 4
+    for (Floats& score : scores[r]) {
+      score = exp2<kTerms>(fma(score, factor, shift));
+      sum = add(sum, score);
+    }
+    store(l, sum);
+    Arithmetic::store_weights(
+        reinterpret_cast<typename Arithmetic::Element*>(w.weights) + (row + r) * kTilePositions, scores[r]);
+  }
+}
+
+// Scores of kRows rows against a tile, and what they do to the softmax.
+template <typename Arithmetic, int kRows>
+WEFT_INLINE void score_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row) {
+  Floats scores[kRows][kVectorsPerPanel];
+  for (auto& of_row : scores) {
+    for (Floats& score : of_row) score = zero();
+  }
+  const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(typename Arithmetic::Element));
+  accumulate<typename Arithmetic::Dot, kRows, 1, kVectorsPerPanel, 0>(
+      scores, w.q + row * row_bytes, row_bytes, reinterpret_cast<const uint8_t*>(w.keys), 0, kTilePositions * 4,
+      a.head_size / Arithmetic::kPerWord);
+  update_rows<Arithmetic, kRows>(a, w, tile, row, scores);
 }
 
 template <typename Arithmetic, int kRows = kScoreRows>
@@ -556,13 +635,12 @@ WEFT_INLINE void score_some_rows(const AttentionArguments& a, const Workspace& w
 // o = o · decay + weights · values for kRows rows and kVectors vectors of the head.
 template <typename Arithmetic, int kRows, int kVectors>
 WEFT_INLINE void gather_rows(const AttentionArguments& a, const Workspace& w, int64_t row, int64_t column) {
-  using Element = typename Arithmetic::Element;
   const int64_t width = output_width(a);
+  constexpr int64_t kRowBytes = kTilePositions * sizeof(typename Arithmetic::Element);
   Floats sums[kRows][kVectors];
   for (auto& of_row : sums) {
     for (Floats& sum : of_row) sum = zero();
   }
-  constexpr int64_t kRowBytes = kTilePositions * sizeof(Element);
   accumulate<typename Arithmetic::Dot, kRows, 1, kVectors, 0>(
       sums, w.weights + row * kRowBytes, kRowBytes, reinterpret_cast<const uint8_t*>(w.values + column), 0, width * 4,
       kTilePositions / Arithmetic::kPerWord);
@@ -570,22 +648,11 @@ WEFT_INLINE void gather_rows(const AttentionArguments& a, const Workspace& w, in
   for (int r = 0; r < kRows; ++r) {
     const Floats decay = set(w.decay[row + r]);
     float* const o = w.part.o + (row + r) * width + column;
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
       store(o + vector * kLanes, fma(load(o + vector * kLanes), decay, sums[r][vector]));
     }
   }
-}
-
-template <typename Arithmetic, int kRows>
-WEFT_INLINE void gather_columns(const AttentionArguments& a, const Workspace& w, int64_t row) {
-  static_assert(kOutputVectors == 4, "one branch per rest");
-  int64_t column = 0;
-  int64_t left = output_width(a) / kLanes;
-  for (; left >= 4; left -= 4, column += 4 * kLanes) gather_rows<Arithmetic, kRows, 4>(a, w, row, column);
-  if (left == 3) gather_rows<Arithmetic, kRows, 3>(a, w, row, column);
-  if (left == 2) gather_rows<Arithmetic, kRows, 2>(a, w, row, column);
-  if (left == 1) gather_rows<Arithmetic, kRows, 1>(a, w, row, column);
 }
 
 template <typename Arithmetic, int kRows = kOutputRows>
@@ -593,7 +660,13 @@ WEFT_INLINE void gather_some_rows(const AttentionArguments& a, const Workspace& 
   if constexpr (kRows > 1) {
     if (rows < kRows) return gather_some_rows<Arithmetic, kRows - 1>(a, w, row, rows);
   }
-  gather_columns<Arithmetic, kRows>(a, w, row);
+  static_assert(kOutputVectors == 4, "one branch per rest");
+  int64_t column = 0;
+  int64_t left = output_width(a) / kLanes;
+  for (; left >= 4; left -= 4, column += 4 * kLanes) gather_rows<Arithmetic, kRows, 4>(a, w, row, column);
+  if (left == 3) gather_rows<Arithmetic, kRows, 3>(a, w, row, column);
+  if (left == 2) gather_rows<Arithmetic, kRows, 2>(a, w, row, column);
+  if (left == 1) gather_rows<Arithmetic, kRows, 1>(a, w, row, column);
 }
 
 WEFT_INLINE void clear(const AttentionArguments& a, const State& state, int64_t rows) {
@@ -608,28 +681,27 @@ WEFT_INLINE void clear(const AttentionArguments& a, const State& state, int64_t 
 // Visits the tiles of one part. A row takes part in a tile only when it sees a key there, so that what it computes
 // does not depend on which rows stand beside it.
 template <typename Arithmetic, typename Stored>
-__attribute__((noinline)) void visit_part(const AttentionArguments& a, const AttentionPiece& piece, int64_t part,
+__attribute__((noinline)) void visit_part(const AttentionArguments& a, const Visit& visit, int64_t part,
                                           const Workspace& w) {
+  const AttentionPiece& piece = *visit.piece;
   const int64_t group = a.query_heads / a.kv_heads;
-  const int64_t length = a.query_starts[piece.sequence + 1] - a.query_starts[piece.sequence];
-  const int64_t first_position = a.context_lens[piece.sequence] - length + piece.first_query;
-  const Seen seen{a.window > 0 ? larger(first_position - a.window + 1, 0) : 0, first_position + piece.num_queries};
-  const int64_t first_tile = larger(part * kPartPositions, seen.begin / kTilePositions * kTilePositions);
-  const int64_t end_tile = smaller((part + 1) * kPartPositions, seen.end);
+  const int64_t first_position = first_position_of(a, piece);
+  const int64_t end_tile = smaller((part + 1) * kPartPositions, visit.seen.end);
+  Tile tile{larger(part * kPartPositions, first_tile_of(visit.seen)), first_position, group};
   clear(a, w.part, piece.num_queries * group);
-  for (int64_t tile = first_tile; tile < end_tile; tile += kTilePositions) {
-    prefetch_tile(a, piece, tile + kTilePositions, end_tile);
-    const int64_t first_row = larger(tile - first_position, 0) * group;
-    const int64_t newest_reached = tile + kTilePositions - 1 + a.window - 1;  // a query beyond it sees none of the tile
-    const int64_t end_query = a.window > 0 ? smaller(newest_reached - first_position + 1, piece.num_queries)
+  for (; tile.first < end_tile; tile.first += kTilePositions) {
+    const int64_t first_row = larger(tile.first - first_position, 0) * group;
+    // The window has passed the tile for queries from its last key's position + window on.
+    const int64_t end_query = a.window > 0 ? tile.first + kTilePositions - 1 + a.window - first_position
                                            : piece.num_queries;
-    const int64_t end_row = end_query * group;
+    const int64_t end_row = smaller(end_query, piece.num_queries) * group;
     if (first_row >= end_row) continue;
-    gather_keys<Arithmetic, Stored>(a, piece, tile, seen, w);
-    gather_values<Stored>(Arithmetic{}, a, piece, tile, seen, w);
-    const Tile at{tile, first_position, group};
+    const TileRows at = find_rows(a, piece, visit.seen, tile.first);
+    const TileRows later = find_later_rows(a, visit, tile.first + kTilePositions);
+    gather_keys<Arithmetic, Stored>(a, at, later, w.keys, w.row);
+    Arithmetic::template gather_values<Stored>(a, at, later, visit.seen, tile.first, w.values);
     for (int64_t row = first_row; row < end_row; row += kScoreRows) {
-      score_some_rows<Arithmetic>(a, w, at, row, end_row - row);
+      score_some_rows<Arithmetic>(a, w, tile, row, end_row - row);
     }
     for (int64_t row = first_row; row < end_row; row += kOutputRows) {
       gather_some_rows<Arithmetic>(a, w, row, end_row - row);
@@ -653,8 +725,8 @@ WEFT_INLINE void merge(const AttentionArguments& a, const State& total, const St
       continue;
     }
     const float m = part.m[row] > total.m[row] ? part.m[row] : total.m[row];
-    const Floats keep = exp2(set(total.m[row] - m));
-    const Floats join = exp2(set(part.m[row] - m));
+    const Floats keep = exp2<5>(set(total.m[row] - m));
+    const Floats join = exp2<5>(set(part.m[row] - m));
     total.m[row] = m;
     store(l, fma(load(part_l), join, multiply(load(l), keep)));
     for (int64_t d = 0; d < width; d += kLanes) store(o + d, fma(load(part_o + d), join, multiply(load(o + d), keep)));
@@ -700,25 +772,30 @@ void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, co
   }
 }
 
-void visit(const AttentionArguments& a, const AttentionPiece& piece, int64_t part, const Workspace& w) {
+void visit_any(const AttentionArguments& a, const Visit& visit, int64_t part, const Workspace& w) {
 #ifdef __AVX512BF16__
-  if (uses_pairs(a)) return visit_part<PairArithmetic, uint16_t>(a, piece, part, w);
+  if (uses_pairs(a)) return visit_part<PairArithmetic, uint16_t>(a, visit, part, w);
 #endif
-  if (a.kv_dtype == kFloat32) return visit_part<FloatArithmetic, float>(a, piece, part, w);
-  visit_part<FloatArithmetic, uint16_t>(a, piece, part, w);
+  if (a.kv_dtype == kFloat32) return visit_part<FloatArithmetic, float>(a, visit, part, w);
+  visit_part<FloatArithmetic, uint16_t>(a, visit, part, w);
 }
 
-void attend(const AttentionArguments& a, const AttentionPiece& piece, void* scratch) {
+WEFT_INLINE Visit visit_of(const AttentionArguments& a, const AttentionPiece& piece, const AttentionPiece* next) {
+  return {&piece, seen_by(a, piece), next, next == nullptr ? Seen{0, 0} : seen_by(a, *next)};
+}
+
+void attend(const AttentionArguments& a, const AttentionPiece& piece, const AttentionPiece* next, void* scratch) {
   const int64_t rows = piece.num_queries * (a.query_heads / a.kv_heads);
   const Workspace w = workspace_at(a, scratch, rows);
+  const Visit visit = visit_of(a, piece, next);
   const PartRange parts = visible_parts(a, piece);
   gather_queries(a, piece, w);
-  visit(a, piece, parts.first, w);
+  visit_any(a, visit, parts.first, w);
   if (parts.end - parts.first == 1) return write(a, piece, w.part);
   for (int64_t row = 0; row < rows; ++row) w.total.m[row] = kNothingSeen;
   merge(a, w.total, w.part, rows);
   for (int64_t part = parts.first + 1; part < parts.end; ++part) {
-    visit(a, piece, part, w);
+    visit_any(a, visit, part, w);
     merge(a, w.total, w.part, rows);
   }
   write(a, piece, w.total);
@@ -727,16 +804,16 @@ void attend(const AttentionArguments& a, const AttentionPiece& piece, void* scra
 void attend_part(const AttentionArguments& a, const AttentionPiece& piece, int64_t part, float* state, void* scratch) {
   const int64_t rows = piece.num_queries * (a.query_heads / a.kv_heads);
   Workspace w = workspace_at(a, scratch, rows);
-  w.part = state_at(a, state, rows);
+  w.part = state_at(state, rows);
   gather_queries(a, piece, w);
-  visit(a, piece, part, w);
+  visit_any(a, visit_of(a, piece, nullptr), part, w);
 }
 
 void merge_parts(const AttentionArguments& a, const AttentionPiece& piece, float* states, int64_t parts) {
   const int64_t rows = piece.num_queries * (a.query_heads / a.kv_heads);
   const int64_t floats = attention_state_floats(a, rows);
-  const State total = state_at(a, states, rows);
-  for (int64_t part = 1; part < parts; ++part) merge(a, total, state_at(a, states + part * floats, rows), rows);
+  const State total = state_at(states, rows);
+  for (int64_t part = 1; part < parts; ++part) merge(a, total, state_at(states + part * floats, rows), rows);
   write(a, piece, total);
 }
 

@@ -110,8 +110,8 @@ AttentionPlan count_pieces(const AttentionArguments& a, int64_t sequences) {
   return plan;
 }
 
-void run_task(const AttentionArguments& a, const AttentionTask& task, void* scratch) {
-  if (task.part < 0) return kernels().attend(a, task.piece, scratch);
+void run_task(const AttentionArguments& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+  if (task.part < 0) return kernels().attend(a, task.piece, next == nullptr ? nullptr : &next->piece, scratch);
   const int64_t rows = task.piece.num_queries * (a.query_heads / a.kv_heads);
   float* const state = task.states + (task.part - task.first) * kernels().attention_state_floats(a, rows);
   kernels().attend_part(a, task.piece, task.part, state, scratch);
@@ -279,7 +279,9 @@ void paged_attention(const AttentionArguments& a, int64_t sequences) {
   parallel_chunks(divide_up(count, per_chunk), [&](int64_t chunk, int thread) {
     void* const scratch = thread_scratch(thread, scratch_bytes);
     const int64_t end = std::min(count, (chunk + 1) * per_chunk);
-    for (int64_t task = chunk * per_chunk; task < end; ++task) run_task(a, list[task], scratch);
+    for (int64_t task = chunk * per_chunk; task < end; ++task) {
+      run_task(a, list[task], task + 1 < end ? &list[task + 1] : nullptr, scratch);
+    }
   });
 }
 

@@ -46,6 +46,17 @@ WEFT_INLINE Floats scale_by_power(Floats x, Floats n) {
   return multiply(multiply(x, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
 }
 
+WEFT_INLINE Floats fraction(Floats x) {
+  const Floats bounded = _mm256_max_ps(_mm256_set1_ps(-150.0f), x);
+  return _mm256_sub_ps(bounded, _mm256_floor_ps(bounded));
+}
+// Results below 2⁻¹²⁶ are zero.
+WEFT_INLINE Floats scale_by_floor(Floats y, Floats x) {
+  const Floats bounded = _mm256_max_ps(_mm256_set1_ps(-126.0f), _mm256_min_ps(_mm256_set1_ps(127.0f), x));
+  const Floats scaled = multiply(y, power_of_two(_mm256_cvtps_epi32(_mm256_floor_ps(bounded))));
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), scaled);
+}
+
 WEFT_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
 WEFT_INLINE Floats load_first(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
 WEFT_INLINE void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
@@ -88,6 +99,17 @@ WEFT_INLINE float max_of_lanes(Floats x) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+WEFT_INLINE Floats lane(Floats x, int index) { return _mm256_permutevar8x32_ps(x, _mm256_set1_epi32(index)); }
+
+template <int kCount>
+WEFT_INLINE Floats max_of_each(const Floats (&x)[kCount]) {
+  static_assert(kCount <= 8, "one lane per vector");
+  alignas(32) float largest[8] = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) largest[i] = max_of_lanes(x[i]);
+  return _mm256_load_ps(largest);
 }
 
 WEFT_INLINE Floats keep_between(Floats x, int32_t first, int32_t low, int32_t high) {

@@ -38,6 +38,11 @@ WEFT_INLINE Floats round_to_integer(Floats x) { return _mm512_roundscale_ps(x, _
 // x · 2ⁿ for a whole-numbered n.
 WEFT_INLINE Floats scale_by_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
+// x - ⌊x⌋, in [0, 1); 0 at -inf.
+WEFT_INLINE Floats fraction(Floats x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+// y · 2^⌊x⌋; 0 at x = -inf.
+WEFT_INLINE Floats scale_by_floor(Floats y, Floats x) { return _mm512_scalef_ps(y, x); }
+
 WEFT_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 WEFT_INLINE Floats load_first(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
 WEFT_INLINE void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
@@ -72,6 +77,30 @@ WEFT_INLINE void store_first(uint16_t* p, Floats x, int64_t count) {
 // Sums and maxima of the lanes, always in the same order.
 WEFT_INLINE float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
 WEFT_INLINE float max_of_lanes(Floats x) { return _mm512_reduce_max_ps(x); }
+
+// Lane `index` of x in every lane.
+WEFT_INLINE Floats lane(Floats x, int index) { return _mm512_permutexvar_ps(_mm512_set1_epi32(index), x); }
+
+// Lane r holds the largest lane of x[r], for up to 8 vectors. Each step halves the lanes that are left of a vector
+// and joins two vectors in one, which takes a third of the work of one reduction per vector.
+template <int kCount>
+WEFT_INLINE Floats max_of_each(const Floats (&x)[kCount]) {
+  static_assert(kCount <= 8, "eight vectors are joined");
+  const auto at = [&](int i) { return x[i < kCount ? i : 0]; };
+  const auto join_halves = [](Floats a, Floats b) {
+    return max(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+  };
+  const auto join_quarters = [](Floats a, Floats b) {
+    return max(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  const Floats low = join_quarters(join_halves(at(0), at(1)), join_halves(at(2), at(3)));
+  const Floats high =
+      kCount > 4 ? join_quarters(join_halves(at(4), at(5)), join_halves(at(6), at(7))) : low;
+  // Quarter i of `low` belongs to vector i, of `high` to vector i + 4.
+  const Floats pairs = max(_mm512_unpacklo_ps(low, high), _mm512_unpackhi_ps(low, high));
+  const Floats largest = max(pairs, _mm512_shuffle_ps(pairs, pairs, 0x4E));
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0), largest);
+}
 
 // Lane i of x where low < first + i <= high, elsewhere -inf.
 WEFT_INLINE Floats keep_between(Floats x, int32_t first, int32_t low, int32_t high) {
