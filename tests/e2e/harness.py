@@ -4,6 +4,7 @@ Nothing here sleeps for luck: whatever takes time is polled until a deadline, an
 server's own output.
 """
 
+import json
 import os
 import re
 import signal
@@ -217,9 +218,12 @@ class RunningServer:
         self.process.wait(10)
 
 
-def launch(model: str | Path, *flags: str, port: int | None = None) -> RunningServer:
-    """Start the launcher on a free port and return at once. The caller calls `destroy`."""
-    directory = Path(tempfile.mkdtemp(prefix="weft-e2e-"))
+def launch(model: str | Path, *flags: str, port: int | None = None, directory: Path | None = None) -> RunningServer:
+    """Start the launcher, on a free port and in a directory of its own, and return at once.
+
+    The caller calls `destroy`.
+    """
+    directory = directory or Path(tempfile.mkdtemp(prefix="weft-e2e-"))
     port = port or free_port()
     command = [LAUNCHER, "--model-id", str(model), "--hostname", "127.0.0.1", "--port", str(port)]
     with (directory / "output.log").open("wb") as output:
@@ -242,6 +246,33 @@ def serving(model: str | Path, *flags: str) -> Iterator[RunningServer]:
         yield server
     finally:
         server.destroy()
+
+
+class RawClient:
+    """A client that can leave at any byte."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+
+    def send(self, path: str, body: dict[str, Any], share: float = 1.0) -> "RawClient":
+        """Send a request, or the given share of its body."""
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        self._socket.sendall(head.encode() + b"\r\n\r\n" + content[: int(len(content) * share)])
+        return self
+
+    def read_until(self, text: bytes) -> "RawClient":
+        """Read until the answer holds `text`."""
+        seen = b""
+        while text not in seen:
+            part = self._socket.recv(65536)
+            assert part, f"the server closed after {seen[-300:]!r}"
+            seen += part
+        return self
+
+    def leave(self) -> None:
+        """Close the connection without a word."""
+        self._socket.close()
 
 
 def run_command(arguments: Sequence[str], timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
