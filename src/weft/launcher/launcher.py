@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import setproctitle
 import structlog
 
 from weft.config import Settings, save_settings
@@ -65,6 +66,8 @@ def launch(
         secrets=filter(None, [settings.api_key, settings.hub_token]),
         colors=settings.log_colorize,
     )
+    if settings.api_key is not None:
+        setproctitle.setproctitle("text-generation-launcher")  # the key may stand on our command line
     if settings.env:
         structlog.get_logger().info("launcher.environment", **layout.describe_machine(environ))
     settled = layout.settle(settings, environ)

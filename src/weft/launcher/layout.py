@@ -126,7 +126,7 @@ def private_directory(settings: Settings) -> Iterator[Path]:
 
 def _remove_if_abandoned(directory: Path) -> None:
     with contextlib.suppress(OSError):  # of another user, or being removed right now
-        if directory.stat().st_uid != os.getuid():
+        if directory.lstat().st_uid != os.getuid():  # lstat: others may put links into /tmp
             return
         lock = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
         try:

@@ -138,6 +138,13 @@ def test_children_learn_the_model_but_no_secret_from_their_surroundings(launches
     assert "the-secret-key" not in output
 
 
+def test_an_api_key_does_not_stay_on_the_command_line(launches: Callable[..., Launch]) -> None:
+    launch = launches("--api-key", "hush-hush")
+    launch.wait_for(who="router", state="ready")
+
+    assert b"hush-hush" not in Path(f"/proc/{launch.process.pid}/cmdline").read_bytes()
+
+
 def test_the_banner_has_at_most_15_lines_and_a_pasteable_request(launches: Callable[..., Launch]) -> None:
     launch = launches()
     launch.wait_for(who="router", state="ready")
