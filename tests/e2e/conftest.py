@@ -17,8 +17,10 @@ def running_server(default_model_gguf: Path) -> Iterator[RunningServer]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def float32_server(default_model_gguf: Path) -> Iterator[RunningServer]:
-    """The default model computed in float32, where the same request must give the same tokens in any company."""
-    with serving(default_model_gguf, "--dtype", "float32") as server:
-        yield server
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a server stay on one worker of a parallel run, so that the server starts once."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            is_shared = "running_server" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("running server" if is_shared else item.path.stem))

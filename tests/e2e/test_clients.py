@@ -1,13 +1,10 @@
 """The clients that people have: openai, huggingface_hub, and TGI's own text_generation."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
+import text_generation
 from huggingface_hub import InferenceClient
 from openai.types.chat import ChatCompletionUserMessageParam
 from tests.e2e.harness import RunningServer
@@ -17,9 +14,6 @@ pytestmark = pytest.mark.e2e
 QUESTION: ChatCompletionUserMessageParam = {"role": "user", "content": "What is the capital of France?"}
 MODEL = "SmolLM2-135M-Instruct.Q4_1"
 PROMPT = "The capital of France is"
-
-TEXT_GENERATION = "text-generation==0.7.0"
-"""TGI's last client. Installed apart: it asks for an older huggingface_hub than ours, which it does not need."""
 
 
 @pytest.fixture
@@ -153,50 +147,51 @@ class TestHuggingFaceHub:
         assert text == answer.choices[0].message.content
 
 
-SCRIPT = """
-import json, sys
-from text_generation import Client, errors
-client = Client(sys.argv[1], timeout=60)
-prompt = "The capital of France is"
-whole = client.generate(prompt, max_new_tokens=6)
-events = list(client.generate_stream(prompt, max_new_tokens=6))
-try:
-    client.generate(prompt, max_new_tokens=6, truncate=10**9)
-    refused = "no"
-except errors.ValidationError as error:
-    refused = str(error)
-print(json.dumps({
-    "text": whole.generated_text,
-    "ids": [token.id for token in whole.details.tokens],
-    "reason": whole.details.finish_reason.value,
-    "streamed_ids": [event.token.id for event in events],
-    "streamed_text": events[-1].generated_text,
-    "refused": refused,
-}))
-"""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client, which nobody maintains
+class TestTextGeneration:
+    """TGI's own client; it too posts to the root."""
 
+    def test_generate(self, running_server: RunningServer) -> None:
+        client = text_generation.Client(running_server.base_url, timeout=60)
 
-def test_text_generation_client(running_server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> None:
-    wheels = tmp_path_factory.mktemp("wheels")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), TEXT_GENERATION],
-        check=True,
-    )
-    [wheel] = Path(wheels).glob("*.whl")
+        whole = client.generate(PROMPT, max_new_tokens=6, decoder_input_details=True)
 
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, running_server.base_url],
-        env={"PYTHONPATH": str(wheel), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+        assert "Paris" in whole.generated_text
+        assert whole.details.finish_reason == text_generation.types.FinishReason.Length
+        assert whole.details.generated_tokens == len(whole.details.tokens) == 6
+        assert "".join(token.text for token in whole.details.prefill) == PROMPT
+        assert [token.logprob is None for token in whole.details.prefill] == [True, False, False, False, False]
 
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert "Paris" in said["text"]
-    assert said["reason"] == "length"
-    assert said["streamed_ids"] == said["ids"]
-    assert said["streamed_text"] == said["text"]
-    assert "truncate" in said["refused"]
+    def test_generate_stream(self, running_server: RunningServer) -> None:
+        client = text_generation.Client(running_server.base_url, timeout=60)
+        whole = client.generate(PROMPT, max_new_tokens=6)
+
+        events = list(client.generate_stream(PROMPT, max_new_tokens=6))
+
+        assert [event.token.id for event in events] == [token.id for token in whole.details.tokens]
+        assert events[-1].generated_text == whole.generated_text
+        assert events[-1].details is not None
+
+    def test_seeded_sampling_repeats(self, running_server: RunningServer) -> None:
+        client = text_generation.Client(running_server.base_url, timeout=60)
+
+        texts = {
+            client.generate(PROMPT, max_new_tokens=12, do_sample=True, temperature=1.0, seed=seed).generated_text
+            for seed in (7, 7, 8)
+        }
+
+        assert len(texts) == 2
+
+    def test_refusals_are_exceptions_of_the_client(self, running_server: RunningServer) -> None:
+        client = text_generation.Client(running_server.base_url, timeout=60)
+
+        with pytest.raises(text_generation.errors.ValidationError, match="truncate"):
+            client.generate(PROMPT, max_new_tokens=6, truncate=10**9)
+
+    async def test_the_asynchronous_client(self, running_server: RunningServer) -> None:
+        client = text_generation.AsyncClient(running_server.base_url, timeout=60)
+
+        whole = await client.generate(PROMPT, max_new_tokens=6)
+        events = [event async for event in client.generate_stream(PROMPT, max_new_tokens=6)]
+
+        assert events[-1].generated_text == whole.generated_text
