@@ -68,13 +68,24 @@ def describe(path: Path) -> ModelDescription:
     return _describe_gguf(path)
 
 
-def _describe_directory(directory: Path) -> ModelDescription:
-    config = ModelConfig(read_json_object(directory / "config.json"), "config.json")
+def describe_config(file: Path, stored_dtype: str) -> ModelDescription:
+    """Describe a model by its `config.json` alone, before its weights are on this machine. Raises as `describe`."""
+    config = _read_config(file)
+    return _description(config, config.token_ids("eos_token_id"), WeightFormat.SAFETENSORS, stored_dtype)
+
+
+def _read_config(file: Path) -> ModelConfig:
+    config = ModelConfig(read_json_object(file), "config.json")
     if config.has("quantization_config"):
         raise ModelNotFoundError(
             "config.json: `quantization_config` names a packed format that is not supported. "
             "Use the unquantized checkpoint, or a GGUF file."
         )
+    return config
+
+
+def _describe_directory(directory: Path) -> ModelDescription:
+    config = _read_config(directory / "config.json")
     files = weight_files(directory)
     generation = directory / "generation_config.json"
     eos = config.token_ids("eos_token_id")

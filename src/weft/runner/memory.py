@@ -5,19 +5,12 @@ here allocates. A container's limit counts, not the machine's memory: TGI and mo
 killed for it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from weft.errors import DoesNotFitError
-from weft.runner.sampling.logprobs import PROMPT_LOGPROB_BYTES
-
-CPU_POOL_BYTES = 4 * 1024**3
-CPU_POOL_SHARE = 0.25
-"""On the CPU other processes live in the same memory: the pool takes a quarter of what is left, 4 GiB at most."""
+from weft.runner import host_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,22 +115,21 @@ def estimate_activation_bytes(
     vocab_size: int,
     dtype: torch.dtype,
 ) -> int:
-    """Most memory that one step takes beside weights and pool, by arithmetic.
-
-    Two residual streams, the widest layer's input and output, and for the rows that sample the logits, the copy that
-    processors change and one of work space, all in float32.
-
-    Units   max_step_tokens T, max_step_rows S, widest_layer: largest output of a linear layer (2F, or Hq·D + 2·Hkv·D)
-    """
-    hidden_bytes = max_step_tokens * (4 * hidden_size + 2 * widest_layer) * dtype.itemsize
-    logits_bytes = max(3 * max_step_rows * vocab_size * 4, PROMPT_LOGPROB_BYTES)
-    return hidden_bytes + logits_bytes
+    """`host_memory.activation_bytes` for a torch dtype."""
+    return host_memory.activation_bytes(
+        max_step_tokens=max_step_tokens,
+        max_step_rows=max_step_rows,
+        hidden_size=hidden_size,
+        widest_layer=widest_layer,
+        vocab_size=vocab_size,
+        element_bytes=dtype.itemsize,
+    )
 
 
 def default_pool_bytes(device: torch.device, available_bytes: int, activation_bytes: int) -> int:
     """Size of the KV pool when the user names none: a bounded share on the CPU, all that is left elsewhere."""
     if device.type == "cpu":
-        return min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * available_bytes))
+        return host_memory.default_pool_bytes(available_bytes)
     return max(0, available_bytes - activation_bytes)
 
 
@@ -150,68 +142,7 @@ def available_memory_bytes(device: torch.device, *, num_ranks: int = 1, fraction
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         return max(0, free_bytes - int((1.0 - fraction) * total_bytes))
-    left = [psutil.virtual_memory().available, *control_group_bytes_left()]
-    return int(min(left)) // num_ranks
-
-
-def control_group_bytes_left(root: Path = Path("/")) -> list[int]:
-    """What each control group around this process that has a limit still leaves, version 1 and 2.
-
-    The page cache of files counts as used there but is given back on demand, so its inactive part counts as left.
-
-    Source  Linux Documentation/admin-guide/cgroup-v2.rst, "Memory"; cgroup-v1/memory.rst, section 5
-    """
-    left: list[int] = []
-    for directory, names in _memory_control_groups(root):
-        limit, used = (_read_integer(directory / name) for name in names[:2])
-        if limit is not None and used is not None:
-            left.append(max(0, limit - used + _read_statistic(directory / "memory.stat", names[2])))
-    return left
-
-
-_V2_FILES = ("memory.max", "memory.current", "inactive_file")
-_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-def _memory_control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """This process' memory control groups, innermost first, with the names of their files.
-
-    Inside a container the path in /proc may be the host's while the mount shows only the container's own group:
-    directories that do not exist are skipped, and the top of the mount is always looked at.
-    """
-    memberships = root / "proc/self/cgroup"
-    if not memberships.is_file():
-        return
-    for line in memberships.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, names = root / "sys/fs/cgroup", _V2_FILES
-        elif "memory" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/memory", _V1_FILES
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        while group != mount:
-            yield group, names
-            group = group.parent
-        yield mount, names
-
-
-def _read_integer(path: Path) -> int | None:
-    """The number in a control file; None when there is no such file or no limit."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _read_statistic(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+    return host_memory.available_bytes() // num_ranks
 
 
 def _situation(available_bytes: int, weights_bytes: int) -> str:

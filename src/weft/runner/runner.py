@@ -24,8 +24,8 @@ from weft.kernels import ops
 from weft.models.forward_batch import ForwardBatch
 from weft.parallel.groups import Group
 from weft.runner.batch import BatchBuilder, StepBatch
+from weft.runner.host_memory import PROMPT_LOGPROB_BYTES
 from weft.runner.kv_pool import KvPool
-from weft.runner.sampling.logprobs import PROMPT_LOGPROB_BYTES
 from weft.runner.sampling.sampler import SampledTokens, Sampler
 from weft.runner.sampling.watermark import WatermarkSettings
 from weft.runner.slots import SlotTables

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+DEFAULT_BLOCK_SIZE_TOKENS = {"cpu": 32, "cuda": 64}
+"""By type of device."""
+DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
 MIN_PREFIX_KEY_BYTES = 16
 MAX_PREFIX_KEY_BYTES = 64  # the longest key of BLAKE2b
 

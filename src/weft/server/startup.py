@@ -36,13 +36,11 @@ from weft.runner.kv_pool import KvPool
 from weft.runner.memory import KvShape, MemoryPlan
 from weft.runner.runner import ModelRunner
 from weft.runner.sampling.watermark import WatermarkSettings
-from weft.scheduler.config import SchedulerConfig
+from weft.scheduler.config import DEFAULT_BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_PREFILL_TOKENS, SchedulerConfig
 
 log = structlog.get_logger("weft.startup")
 
-DEFAULT_BLOCK_SIZE_TOKENS = {"cpu": 32, "cuda": 64}
 DEFAULT_INTER_TOKEN_TARGET_MS = {"cpu": 80.0, "cuda": 30.0}
-DEFAULT_MAX_BATCH_PREFILL_TOKENS = 4096
 MIN_TOTAL_TOKENS = 2
 WARMUP_TOKENS = 64
 RENDEZVOUS_TIMEOUT_S = 120.0
@@ -242,7 +240,7 @@ def _plan_memory(
         max_step_tokens=_max_batch_prefill_tokens(settings, description),
         max_step_rows=_max_num_sequences(settings),
         hidden_size=description.hidden_size,
-        widest_layer=_widest_layer(description),
+        widest_layer=description.widest_layer,
         vocab_size=description.vocab_size,
         dtype=layout.dtype,
     )
@@ -262,18 +260,6 @@ def _plan_memory(
         max_batch_total_tokens=settings.max_batch_total_tokens,
     )
     return replace(plan, num_blocks=_least(group, plan.num_blocks, layout.device))
-
-
-def _widest_layer(description: ModelDescription) -> int:
-    """Largest output of a linear layer as it is run: gate and up together, or queries, keys and values."""
-    layers = description.spec.layers
-    return max(
-        max(
-            2 * layer.ffn.intermediate_size,
-            (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_dim,
-        )
-        for layer in layers
-    )
 
 
 def _least(group: Group, number: int, device: torch.device) -> int:

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from weft.errors import DoesNotFitError
+from weft.runner.host_memory import CPU_POOL_BYTES, control_group_bytes_left
 from weft.runner.memory import (
-    CPU_POOL_BYTES,
     KvShape,
     MemoryPlan,
     available_memory_bytes,
-    control_group_bytes_left,
     default_pool_bytes,
     estimate_activation_bytes,
     plan_memory,

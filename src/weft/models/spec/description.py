@@ -77,6 +77,17 @@ class ModelDescription:
         windows = [layer.mixer.window for layer in self.spec.layers if layer.mixer.window]
         return min(windows, default=None)
 
+    @property
+    def widest_layer(self) -> int:
+        """Largest output of a linear layer as it is run: gate and up together, or queries, keys and values."""
+        return max(
+            max(
+                2 * layer.ffn.intermediate_size,
+                (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_dim,
+            )
+            for layer in self.spec.layers
+        )
+
     def weights_bytes(self, dtype: str) -> int:
         """Memory of the weights in a dtype of `DTYPE_BYTES`, all ranks together."""
         return self.num_parameters * DTYPE_BYTES[dtype]

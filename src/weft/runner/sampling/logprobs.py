@@ -8,9 +8,6 @@ from weft.kernels import ops
 from weft.limits import LIMITS
 from weft.runner.sampling.largest import largest
 
-PROMPT_LOGPROB_BYTES = 64 * 1024 * 1024
-"""Most memory that the logits of prompt tokens may take at a time; part of the activation budget."""
-
 MAX_TIED_TOP_TOKENS = LIMITS.max_top_n_tokens_cap
 """Ties kept behind the last place: a flat distribution must not report the whole vocabulary."""
 
