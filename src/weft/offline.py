@@ -522,7 +522,12 @@ def _spelled(value: object) -> str:
 def _load(settings: Settings, stack: ExitStack) -> _Loaded:
     """Bring up everything; `stack` takes it down again, in reverse order."""
     found = fetch(settings.model_id, settings)
-    settings = dataclasses.replace(settings, model_path=str(found.path), model_sha=found.sha)
+    settings = dataclasses.replace(
+        settings,
+        model_path=str(found.path),
+        model_sha=found.sha,
+        threads=settings.threads or len(os.sched_getaffinity(0)),
+    )
     tokenizer_config = settings.tokenizer_config_path
     assets = load_text_assets(
         found.path, Path(settings.cache_dir), None if tokenizer_config is None else Path(tokenizer_config)

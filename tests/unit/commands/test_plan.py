@@ -1,0 +1,149 @@
+"""What a server would need, told without torch and without weights."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.e2e.lookalike_hub import LookalikeHub
+from tests.unit.models.model_files import LLAMA_CONFIG, write_model
+
+from weft.commands.plan import plan
+from weft.commands.plan_memory import Machine, forecast
+from weft.config import resolve
+from weft.errors import ModelNotFoundError, UsageError
+from weft.models.registry import describe
+from weft.runner import host_memory
+
+GIB = 2**30
+CPU = Machine(device_type="cpu", available_bytes=8 * GIB)
+LARGER = {**LLAMA_CONFIG, "hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 10_000}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model", LARGER)
+
+
+def settings(model: Path, *flags: str):
+    return resolve(["--model-id", str(model), *flags], {"HOME": str(model.parent)})
+
+
+def planned(model: Path, *flags: str, machine: Machine = CPU, dtype: str = "float32"):
+    return forecast(describe(model), settings(model, *flags), machine, dtype)
+
+
+def test_memory_is_divided_as_the_start_up_divides_it(model: Path) -> None:
+    import torch
+
+    from weft.runner.memory import KvShape, estimate_activation_bytes, plan_memory
+
+    description = describe(model)
+    found = planned(model)
+
+    activation_bytes = estimate_activation_bytes(
+        max_step_tokens=4096,
+        max_step_rows=128,
+        hidden_size=512,
+        widest_layer=description.widest_layer,
+        vocab_size=32,
+        dtype=torch.float32,
+    )
+    expected = plan_memory(
+        KvShape(num_layers=1, num_kv_heads=8, head_dim=64, block_size_tokens=32, dtype=torch.float32),
+        device=torch.device("cpu"),
+        available_bytes=8 * GIB - description.weights_bytes("float32"),
+        weights_bytes=description.weights_bytes("float32"),
+        activation_bytes=activation_bytes,
+        pool_bytes=None,
+        required_tokens=32,
+    )
+    assert found.kv_pool_bytes == expected.kv_bytes
+    assert found.pool_tokens == expected.max_batch_total_tokens
+    assert (found.activation_bytes, found.missing_bytes) == (activation_bytes, 0)
+
+
+def test_a_smaller_dtype_doubles_what_the_pool_holds(model: Path) -> None:
+    flag = ("--kv-pool-bytes", "64MiB")
+    assert planned(model, *flag, dtype="bfloat16").pool_tokens == 2 * planned(model, *flag).pool_tokens
+
+
+def test_ranks_share_weights_and_heads(model: Path) -> None:
+    one, two = planned(model), planned(model, "--num-shard", "2")
+    assert two.weights_bytes * 2 == one.weights_bytes
+    assert two.kv_bytes_per_token * 2 == one.kv_bytes_per_token
+
+
+def test_a_context_that_memory_cannot_hold_is_clipped_and_still_fits(model: Path) -> None:
+    found = planned(model, "--kv-pool-bytes", "1MiB")
+    assert (found.pool_tokens, found.context, found.fits) == (256, 257, True)
+    assert found.streams == {257: 1}
+
+
+def test_streams_are_told_for_usual_lengths_up_to_the_limits(model: Path) -> None:
+    found = planned(model, "--kv-pool-bytes", "64MiB", "--max-batch-size", "10")
+    assert found.pool_tokens == 16384
+    assert found.streams == {1024: 10, 4096: 4, 10_000: 1}
+
+
+@pytest.mark.parametrize("extra", [0, -1])
+def test_what_is_missing_is_exact(model: Path, extra: int) -> None:
+    roomy = planned(model)
+    pool_bytes = 2 * 2**20
+    least = roomy.weights_bytes + roomy.activation_bytes + pool_bytes
+
+    found = planned(model, "--kv-pool-bytes", str(pool_bytes), machine=replace(CPU, available_bytes=least + extra))
+
+    assert (found.fits, found.missing_bytes) == (extra == 0, -extra)
+
+
+def test_the_page_names_what_matters(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan([str(model), "--memory", "8GiB", "--dtype", "float32"], {"HOME": str(model.parent)}) == 0
+    shown = capsys.readouterr().out
+    for text in ("llama", "8.00 GiB free", "in float32, stored as bfloat16", "10,000 tokens per request", "It fits."):
+        assert text in shown
+
+
+def test_what_does_not_fit_has_the_exit_code_that_serve_would_have(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan([str(model), "--memory", "1MiB", "--json"], {"HOME": str(model.parent)}) == 4
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+@pytest.mark.parametrize(("flags", "named"), [(["--memory", "much"], "--memory"), (["--dtyp", "x"], "--dtyp")])
+def test_wrong_flags_are_named(model: Path, flags: list[str], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        plan([str(model), *flags], {"HOME": str(model.parent)})
+
+
+def test_torch_is_not_loaded(model: Path) -> None:
+    code = "import sys; from weft.commands.plan import plan; plan(sys.argv[1:], {}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, check=False).returncode == 0
+
+
+def test_a_hub_model_is_planned_from_its_configuration_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = LookalikeHub({"config.json": json.dumps(LARGER).encode(), "model.safetensors": bytes(20_000)})
+    environ = {"HOME": str(tmp_path), "WEFT_HUB_ENDPOINT": hub.url, "WEFT_HUGGINGFACE_HUB_CACHE": str(tmp_path / "hub")}
+    try:
+        assert plan(["organisation/model", "--json", "--memory", "8GiB"], environ) == 0
+    finally:
+        hub.close()
+
+    assert json.loads(capsys.readouterr().out)["model_context"] == 10_000
+    assert hub.sent["model.safetensors"] == 0
+
+
+@pytest.mark.parametrize("reference", ["organisation/model", "organisation/model/file.gguf"])
+def test_offline_a_model_that_is_not_cached_is_not_found(tmp_path: Path, reference: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        plan([reference, "--offline", "--huggingface-hub-cache", str(tmp_path)], {"HOME": str(tmp_path)})
+
+
+def test_the_memory_of_this_machine_is_less_than_all_of_it() -> None:
+    assert 0 < host_memory.available_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
