@@ -52,7 +52,7 @@ _DEFAULT_PARAMETERS = GenerateParameters()
 
 
 @dataclass(slots=True)
-class _Prepared:
+class Prepared:
     """A native request, ready to run."""
 
     text_before: str
@@ -171,9 +171,10 @@ async def info(context: RouterContext, exchange: Exchange) -> None:
 # --- from the body to requests ------------------------------------------------------------------------------------
 
 
-async def _prepare(
+async def prepare(
     context: RouterContext, exchange: Exchange, body: GenerateRequest, *, shows_prompt: bool, is_stream: bool
-) -> tuple[_Prepared, ServedModel]:
+) -> tuple[Prepared, ServedModel]:
+    """Check a body and tokenize its prompt. Raises RequestError."""
     model = context.require_model()
     parameters = body.parameters or _DEFAULT_PARAMETERS
     checked = check_native(body.parameters, context.settings, is_stream=is_stream)
@@ -182,7 +183,7 @@ async def _prepare(
     exchange.stage = "tokenize"
     ids = await model.tokenizer.encode_async(body.inputs, add_special_tokens=True)
     ids = truncated(ids, parameters.truncate, keeps_first=model.tokenizer.is_special(ids[0]) if ids else False)
-    exchange.num_prompt_tokens = len(ids)
+    exchange.num_prompt_tokens += len(ids)
     max_new_tokens = fit_native(len(ids), checked.max_new_tokens, model)
     headers: RawHeaders = [
         (b"x-compute-type", context.compute_type.encode("latin-1")),
@@ -194,13 +195,13 @@ async def _prepare(
     if parameters.return_full_text is not None:
         shows_prompt = parameters.return_full_text
     text_before = body.inputs if shows_prompt else ""
-    return _Prepared(text_before, parameters, checked, requests, headers), model
+    return Prepared(text_before, parameters, checked, requests, headers), model
 
 
-def _sequences(prepared: _Prepared, model: ServedModel) -> list[SequenceText]:
+def _sequences(prepared: Prepared, model: ServedModel, first_index: int = 0) -> list[SequenceText]:
     return [
         SequenceText(model, request.prompt_token_ids, prepared.checked.stop_strings, index=index, keeps_stop=True)
-        for index, request in enumerate(prepared.requests)
+        for index, request in enumerate(prepared.requests, first_index)
     ]
 
 
@@ -215,16 +216,61 @@ async def _answer(
     shows_prompt: bool = False,
     is_array: bool = False,
 ) -> None:
-    prepared, model = await _prepare(context, exchange, body, shows_prompt=shows_prompt, is_stream=False)
-    sequences = _sequences(prepared, model)
-    collected = [_Collected(*pair) for pair in zip(sequences, prepared.requests, strict=True)]
-    with Generation(context, exchange, prepared.requests, sequences) as generation:
+    prepared, model = await prepare(context, exchange, body, shows_prompt=shows_prompt, is_stream=False)
+    answer = WholeAnswer(prepared, model)
+    with Generation(context, exchange, prepared.requests, answer.sequences) as generation:
         async with aclosing(generation.progress()) as progress:
             async for sequence, batch in progress:
-                _collect(collected[sequence.index], batch, model)
-    response = _response(collected, prepared)
+                answer.collect(sequence, batch)
+    response = answer.response()
     content = encode_json([response] if is_array else response)
     await exchange.reply(200, content, headers=[*prepared.headers, *timing_headers(exchange)])
+
+
+class WholeAnswer:
+    """The sequences of one prompt (several with `best_of`), and the answer that is made of them."""
+
+    def __init__(self, prepared: Prepared, model: ServedModel, first_index: int = 0) -> None:
+        """`first_index`: place of its first sequence among those of the HTTP request."""
+        self._prepared = prepared
+        self._model = model
+        self._first_index = first_index
+        self.sequences = _sequences(prepared, model, first_index)
+        self._collected = [_Collected(*pair) for pair in zip(self.sequences, prepared.requests, strict=True)]
+
+    @property
+    def requests(self) -> list[Request]:
+        """One per sequence."""
+        return self._prepared.requests
+
+    def collect(self, sequence: SequenceText, batch: Sequence[TokenEvent]) -> None:
+        """Take in events of one of the sequences."""
+        _collect(self._collected[sequence.index - self._first_index], batch, self._model)
+
+    def response(self) -> GenerateResponse:
+        """The likeliest sequence; the others in the details, when those were asked for."""
+        prepared = self._prepared
+        parameters = prepared.parameters
+        best = max(self._collected, key=lambda sequence: sequence.mean_logprob)
+        text = _full_text(best, prepared)
+        if not (parameters.details or parameters.decoder_input_details):
+            return GenerateResponse(generated_text=text)
+        has_top_tokens = prepared.checked.sampling.top_n_tokens > 0
+        details = Details(
+            finish_reason=_finish_reason(best),
+            generated_tokens=best.sequence.num_tokens,
+            seed=best.shown_seed,
+            prefill=best.prefill,
+            tokens=best.tokens,
+        )
+        if has_top_tokens:
+            details.top_tokens = best.top_tokens
+        losers = [sequence for sequence in self._collected if sequence is not best]
+        if losers:
+            details.best_of_sequences = [
+                _loser(sequence, prepared, has_top_tokens=has_top_tokens) for sequence in losers
+            ]
+        return GenerateResponse(generated_text=text, details=details)
 
 
 def _collect(into: _Collected, batch: Sequence[TokenEvent], model: ServedModel) -> None:
@@ -243,30 +289,7 @@ def _collect(into: _Collected, batch: Sequence[TokenEvent], model: ServedModel) 
             return
 
 
-def _response(collected: list[_Collected], prepared: _Prepared) -> GenerateResponse:
-    best = max(collected, key=lambda sequence: sequence.mean_logprob)
-    parameters = prepared.parameters
-    text = _full_text(best, prepared)
-    if not (parameters.details or parameters.decoder_input_details):
-        return GenerateResponse(generated_text=text)
-    has_top_tokens = prepared.checked.sampling.top_n_tokens > 0
-    details = Details(
-        finish_reason=_finish_reason(best),
-        generated_tokens=best.sequence.num_tokens,
-        seed=best.shown_seed,
-        prefill=best.prefill,
-        tokens=best.tokens,
-    )
-    if has_top_tokens:
-        details.top_tokens = best.top_tokens
-    if len(collected) > 1:
-        details.best_of_sequences = [
-            _loser(sequence, prepared, has_top_tokens=has_top_tokens) for sequence in collected if sequence is not best
-        ]
-    return GenerateResponse(generated_text=text, details=details)
-
-
-def _loser(collected: _Collected, prepared: _Prepared, *, has_top_tokens: bool) -> BestOfSequence:
+def _loser(collected: _Collected, prepared: Prepared, *, has_top_tokens: bool) -> BestOfSequence:
     return BestOfSequence(
         generated_text=_full_text(collected, prepared),
         finish_reason=_finish_reason(collected),
@@ -278,7 +301,7 @@ def _loser(collected: _Collected, prepared: _Prepared, *, has_top_tokens: bool) 
     )
 
 
-def _full_text(collected: _Collected, prepared: _Prepared) -> str:
+def _full_text(collected: _Collected, prepared: Prepared) -> str:
     return prepared.text_before + "".join(collected.text)
 
 
@@ -312,7 +335,7 @@ def _top_tokens(event: TokenEvent, model: ServedModel) -> list[Token]:
 async def _stream(
     context: RouterContext, exchange: Exchange, body: GenerateRequest, *, shows_prompt: bool = False
 ) -> None:
-    prepared, model = await _prepare(context, exchange, body, shows_prompt=shows_prompt, is_stream=True)
+    prepared, model = await prepare(context, exchange, body, shows_prompt=shows_prompt, is_stream=True)
     sequences = _sequences(prepared, model)
     writer = _FrameWriter(sequences[0], prepared, model)
     stream = EventStream(exchange, context.streams, native_end_frames)
@@ -328,7 +351,7 @@ async def _stream(
 class _FrameWriter:
     """Token events → frames of one native stream. The usual event is a template with four holes."""
 
-    def __init__(self, sequence: SequenceText, prepared: _Prepared, model: ServedModel) -> None:
+    def __init__(self, sequence: SequenceText, prepared: Prepared, model: ServedModel) -> None:
         self._sequence = sequence
         self._prepared = prepared
         self._model = model
