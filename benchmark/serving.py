@@ -26,12 +26,13 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import uvloop
+from gguf import GGUFReader, Keys
 from model_forms import make_model_forms
 from peers import Launch, Server, all_peers, make_peers_environment, weft
 
 from weft.benchmark.host import CpuMeter, ProcessTreeUsage, measure_process_tree, measure_read_bandwidth
 from weft.benchmark.load import Reply, Target, run_closed_loop, stream_request
-from weft.benchmark.profiles import PROFILES, WARM_UP, Profile, PromptWriter, completion_body, read_words
+from weft.benchmark.profiles import PROFILES, WARM_UP, Profile, PromptWriter, completion_body, single_token_words
 from weft.benchmark.report import (
     Figures,
     figures_table,
@@ -206,7 +207,8 @@ def measure_server(server: Server, profiles: list[Profile], writer: PromptWriter
             sitting.memory.setdefault(server.label, []).append(measure_process_tree(process.pid))
 
 
-def print_report(sitting: Sitting, servers: list[Server], num_ours: int) -> None:
+def print_report(sitting: Sitting, ours: list[Server], peers: list[Server]) -> None:
+    servers = [*ours, *peers]
     titles = list(dict.fromkeys(title for title, _ in sitting.figures))
     ordered = {
         (title, server.label): sitting.figures[title, server.label]
@@ -229,9 +231,8 @@ def print_report(sitting: Sitting, servers: list[Server], num_ours: int) -> None
         for server in servers
     ]
     print(markdown_table(["server", "start to ready s", "PSS MB", "RSS MB", "processes"], rows), end="\n\n")
-    peers = [server.label for server in servers[num_ours:]]
-    for server in servers[:num_ours] if peers else []:
-        print(ratio_table(sitting.figures, server.label, peers), end="\n\n")
+    for server in ours if peers else ():
+        print(ratio_table(sitting.figures, server.label, [peer.label for peer in peers]), end="\n\n")
 
 
 def _processor_name() -> str:
@@ -278,31 +279,37 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def choose_servers(arguments: argparse.Namespace, gguf: Path) -> tuple[list[Server], list[Server]]:
+    """Ours and the peers. Alone we serve the file as it is; beside peers also in the precision that they compute in."""
+    ours = [weft("weft Q4_1", str(gguf))]
+    peers: list[Server] = []
+    if arguments.peers:
+        make_peers_environment()
+        forms = make_model_forms(gguf)
+        ours.append(weft("weft bf16", str(forms.bfloat16_directory)))
+        peers = all_peers(forms, frozenset(PROFILES))
+
+    def is_wanted(server: Server) -> bool:
+        return not arguments.only or any(text in server.label for text in arguments.only)
+
+    return list(filter(is_wanted, ours)), list(filter(is_wanted, peers))
+
+
 def main() -> None:
     arguments = parse_arguments()
     # Leave through `finally`, so that no server outlives its measurement.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     profiles = [PROFILES[name].scaled(arguments.scale) for name in arguments.profile or DEFAULT_PROFILES]
-    seed = time.time_ns() if arguments.seed is None else arguments.seed
     gguf = fetch_model(arguments.model)
-    forms = make_model_forms(gguf)
-    ours = [weft("weft Q4_1", str(gguf)), weft("weft bf16", str(forms.bfloat16_directory))]
-    peers = []
-    if arguments.peers:
-        make_peers_environment()
-        peers = all_peers(forms, frozenset(PROFILES))
-    servers = [
-        server
-        for server in [*ours, *peers]
-        if not arguments.only or any(text in server.label for text in arguments.only)
-    ]
-    writer = PromptWriter(read_words(forms.bfloat16_directory / "tokenizer.json"), seed)
+    ours, peers = choose_servers(arguments, gguf)
+    vocabulary = GGUFReader(gguf).fields[Keys.Tokenizer.LIST].contents()
+    writer = PromptWriter(single_token_words(vocabulary), arguments.seed or time.time_ns())
     sitting = Sitting()
     log = Path(tempfile.mkstemp(prefix="weft-bench-", suffix=".log")[1])
     say(f"server output: {log}")
     try:
         for _ in range(arguments.repeats):
-            for server in servers:
+            for server in [*ours, *peers]:
                 try:
                     measure_server(server, profiles, writer, sitting, log)
                 except ServerEndedError as error:
@@ -310,7 +317,7 @@ def main() -> None:
     finally:
         if arguments.json:
             arguments.json.write_text(json.dumps(sitting.as_json(), indent=1) + "\n")
-    print_report(sitting, servers, sum(server in ours for server in servers))
+    print_report(sitting, ours, peers)
 
 
 if __name__ == "__main__":

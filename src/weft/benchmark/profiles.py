@@ -4,12 +4,10 @@ Lengths are exact because prompts are made of words that are one token each behi
 between two prompts unless the profile says so, and nothing between two runs, as the generator is seeded anew.
 """
 
-import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 _SPACED_WORD = re.compile("[\u0120\u2581][a-z]{3,10}")
@@ -104,14 +102,12 @@ WARM_UP = (
 """Sent before anything is measured: first calls allocate, compile and page in."""
 
 
-def read_words(tokenizer_file: Path) -> list[str]:
-    """Words that are one token each behind a space, sorted, from a `tokenizer.json`.
+def single_token_words(vocabulary: Iterable[str]) -> list[str]:
+    """Words of a tokenizer's vocabulary that are one token each behind a space, sorted.
 
-    Raises ValueError when the vocabulary holds too few of them for prompts that differ.
+    Raises ValueError when there are too few of them for prompts that differ.
     """
-    vocabulary = json.loads(tokenizer_file.read_text(encoding="utf-8"))["model"]["vocab"]
-    entries = vocabulary if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary]
-    words = sorted(entry[1:] for entry in entries if _SPACED_WORD.fullmatch(entry))
+    words = sorted(entry[1:] for entry in vocabulary if _SPACED_WORD.fullmatch(entry))
     if len(words) < 100:
         raise ValueError(f"the vocabulary has {len(words)} words of one token; at least 100 are needed for prompts")
     return words

@@ -24,7 +24,6 @@ def test_a_process_tree_includes_grandchildren() -> None:
 
     assert usage.num_processes == 2
     assert usage.rss_mb > 10
-    assert usage.cpu_s > 0
 
 
 def test_a_process_that_is_gone_uses_nothing() -> None:
