@@ -41,6 +41,7 @@ class TestChat:
             "completion_tokens": 6,
             "total_tokens": prompt_tokens + 6,
             "prompt_tokens_details": {"cached_tokens": 4},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
     async def test_ids_are_unique(self):

@@ -3,26 +3,27 @@
 Source: OpenAI API reference; ranges in `validate.py`, conversations in `chat_prompt.py`
 """
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from weft.core.request import Request
-from weft.errors import ModelNotServedError, ValidationError
+from weft.errors import ValidationError
 from weft.router.body import decode
-from weft.router.chat_prompt import render_chat
-from weft.router.choices import AnswerHead, ChatChoiceText, ChoiceText, CompletionChoiceText
+from weft.router.choices import ChatChoiceText, ChoiceText, CompletionChoiceText
 from weft.router.context import RouterContext
+from weft.router.conversation import compute_headers, encode, prepare
 from weft.router.error_replies import openai_end_frames
-from weft.router.exchange import Exchange, RawHeaders, new_request_id
+from weft.router.exchange import Exchange, RawHeaders
 from weft.router.generation import Generation, timing_headers
+from weft.router.model_names import answer_head, is_served, shown_names, unknown_model
 from weft.router.request_origin import origin_of
 from weft.router.schemas_openai import (
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
+    CompletionTokensDetails,
     Model,
     ModelList,
     PromptTokensDetails,
@@ -32,16 +33,7 @@ from weft.router.schemas_openai import (
 from weft.router.sequence_text import SequenceText
 from weft.router.served import ServedModel
 from weft.router.stream import DONE_FRAME, EventStream, encode_json
-from weft.router.validate import (
-    build_requests,
-    check_chat,
-    check_completion,
-    check_prompt_chars,
-    fit_openai,
-)
-
-PLACEHOLDER_NAMES = ("", "tgi", "dummy")
-"""What clients of TGI call whatever is served: `tgi` by its documentation, `dummy` by huggingface_hub."""
+from weft.router.validate import build_requests, check_completion, fit_openai
 
 
 @dataclass(slots=True)
@@ -63,32 +55,25 @@ class _Job:
 async def chat_completions(context: RouterContext, exchange: Exchange) -> None:
     """POST /v1/chat/completions."""
     body = decode(exchange.body, ChatRequest)
-    model = context.require_model()
-    head = _head("chatcmpl", context, body, model)
-    checked = check_chat(body, context.settings, model)
-    context.admission.check(checked.num_sequences)
-    exchange.stage = "template"
-    prompt = await render_chat(body, model)
-    ids = await _encode(prompt, "messages", exchange, model, add_special_tokens=False)
-    max_new_tokens = fit_openai(len(ids), checked, model, "messages")
-    requests = build_requests(checked, ids, max_new_tokens, model, origin_of(context, exchange))
+    head = answer_head("chatcmpl-", body.model, context, context.require_model())
+    conversation = await prepare(context, exchange, body)
     with_usage = _wants_usage(body)
     job = _Job(
-        requests,
+        conversation.requests,
         [
             ChatChoiceText(
-                model,
+                conversation.model,
                 request,
-                checked.stop_strings,
+                conversation.checked.stop_strings,
                 index,
                 head,
                 has_logprobs=bool(body.logprobs),
                 with_usage=with_usage,
             )
-            for index, request in enumerate(requests)
+            for index, request in enumerate(conversation.requests)
         ],
-        _headers(context, len(prompt)),
-        num_prompt_tokens=len(ids),
+        compute_headers(context, conversation.num_prompt_chars),
+        num_prompt_tokens=conversation.num_prompt_tokens,
         wants_usage=with_usage,
     )
 
@@ -111,7 +96,7 @@ async def completions(context: RouterContext, exchange: Exchange) -> None:
     """POST /v1/completions."""
     body = decode(exchange.body, CompletionRequest)
     model = context.require_model()
-    head = _head("cmpl", context, body, model)
+    head = answer_head("cmpl-", body.model, context, model)
     prompts = split_prompts(body.prompt, context.settings.max_client_batch_size)
     checked = check_completion(body, context.settings, model)
     context.admission.check(checked.num_sequences * len(prompts))
@@ -140,7 +125,7 @@ async def completions(context: RouterContext, exchange: Exchange) -> None:
                 )
             )
             requests.append(request)
-    job = _Job(requests, choices, _headers(context, num_chars), num_prompt_tokens, with_usage)
+    job = _Job(requests, choices, compute_headers(context, num_chars), num_prompt_tokens, with_usage)
 
     def whole(usage: Usage) -> bytes:
         return encode_json(
@@ -160,15 +145,17 @@ async def completions(context: RouterContext, exchange: Exchange) -> None:
 async def models(context: RouterContext, exchange: Exchange) -> None:
     """GET /v1/models."""
     model = context.known_model()
-    await exchange.reply(200, encode_json(ModelList(data=[_model(name, context, model) for name in _names(context)])))
+    await exchange.reply(
+        200, encode_json(ModelList(data=[_model(name, context, model) for name in shown_names(context)]))
+    )
 
 
 async def model_by_id(context: RouterContext, exchange: Exchange) -> None:
     """GET /v1/models/{id}; an id may hold slashes."""
     model = context.known_model()
     name = exchange.path_params["model_id"]
-    if not _is_known(name, context):
-        raise _unknown_model(name, context)
+    if not is_served(name, context):
+        raise unknown_model(name, context)
     await exchange.reply(200, encode_json(_model(name, context, model)))
 
 
@@ -199,7 +186,7 @@ async def _prompt_ids(prompt: str | list[int], exchange: Exchange, model: Served
     if isinstance(prompt, str):
         if not prompt:
             raise ValidationError("`prompt` must not be empty", field="prompt")
-        return await _encode(prompt, "prompt", exchange, model, add_special_tokens=True)
+        return await encode(prompt, "prompt", exchange, model, add_special_tokens=True)
     if not prompt:
         raise ValidationError("`prompt` must hold at least one token id", field="prompt")
     last_id = model.info.vocab_size - 1
@@ -214,43 +201,6 @@ def _echo_text(prompt: str | list[int], model: ServedModel) -> str:
     return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt, skip_special_tokens=False)
 
 
-async def _encode(
-    text: str, field: str, exchange: Exchange, model: ServedModel, *, add_special_tokens: bool
-) -> list[int]:
-    check_prompt_chars(text, model, field)
-    exchange.stage = "tokenize"
-    ids = await model.tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
-    if not ids:
-        raise ValidationError(f"`{field}` must give at least one token. Given: none", field=field)
-    exchange.num_prompt_tokens += len(ids)
-    return ids
-
-
-def _head(prefix: str, context: RouterContext, body: SamplingFields, model: ServedModel) -> AnswerHead:
-    """Checks the model's name, too. Raises ModelNotServedError."""
-    asked = body.model
-    names = _names(context)
-    is_any = asked is None or asked in PLACEHOLDER_NAMES or context.settings.any_model_name
-    if asked is not None and not is_any and not _is_known(asked, context):
-        raise _unknown_model(asked, context)
-    return AnswerHead(
-        id=f"{prefix}-{new_request_id()}",
-        created=int(time.time()),
-        model=asked if asked is not None and asked in names else names[0],
-        system_fingerprint=f"fp_{model.info.fingerprint[:12] or context.version}",
-    )
-
-
-def _names(context: RouterContext) -> list[str]:
-    """Names of the model that are shown, the preferred one first. The reference it was loaded by may be a path."""
-    settings = context.settings
-    return list(dict.fromkeys((settings.shown_model_name, *settings.served_model_name)))
-
-
-def _is_known(name: str, context: RouterContext) -> bool:
-    return name in _names(context) or name == context.settings.model_id
-
-
 def _model(name: str, context: RouterContext, model: ServedModel) -> Model:
     return Model(
         id=name,
@@ -261,23 +211,9 @@ def _model(name: str, context: RouterContext, model: ServedModel) -> Model:
     )
 
 
-def _unknown_model(name: str, context: RouterContext) -> ModelNotServedError:
-    return ModelNotServedError(
-        f"The model `{name[:128]}` does not exist here. This server has `{_names(context)[0]}` (GET /v1/models)",
-        field="model",
-    )
-
-
 def _wants_usage(body: SamplingFields) -> bool:
     """A whole answer has its usage anyway, so the option is honoured there too."""
     return bool(body.stream_options is not None and body.stream_options.include_usage)
-
-
-def _headers(context: RouterContext, num_chars: int) -> RawHeaders:
-    return [
-        (b"x-compute-type", context.compute_type.encode("latin-1")),
-        (b"x-compute-characters", b"%d" % num_chars),
-    ]
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -323,4 +259,5 @@ def _usage(exchange: Exchange, job: _Job) -> Usage:
         completion_tokens=num_completion_tokens,
         total_tokens=job.num_prompt_tokens + num_completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=min(exchange.num_cached_tokens, job.num_prompt_tokens)),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
     )

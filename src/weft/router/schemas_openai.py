@@ -126,6 +126,12 @@ class PromptTokensDetails(Struct, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, kw_only=True):
+    """Of the completion's tokens."""
+
+    reasoning_tokens: int
+
+
 class Usage(Struct, kw_only=True):
     """What was counted."""
 
@@ -133,6 +139,7 @@ class Usage(Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(Struct, kw_only=True):
