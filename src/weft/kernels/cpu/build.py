@@ -45,12 +45,14 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 UNITS = {
     "thread_pool.cpp": (),
     "operations.cpp": (),
+    "layouts.cpp": (),
+    "program.cpp": (),
     "interface.cpp": (),
     "kernels_avx2.cpp": _AVX2,
     "kernels_avx512.cpp": _AVX512,
     "kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
 }
-"""Translation unit → flags of its instruction set. The first three run everywhere."""
+"""Translation unit → flags of its instruction set. Those without flags run everywhere."""
 
 
 class BuildError(Exception):

@@ -4,7 +4,9 @@
 // counted from 1, or 0 when all are in range: a wrong index must become an error, never a write into foreign memory.
 #include <cstdint>
 
+#include "layouts.h"
 #include "operations.h"
+#include "program.h"
 #include "thread_pool.h"
 
 #ifndef WEFT_SOURCE_HASH
@@ -74,6 +76,41 @@ WEFT_EXPORT int64_t weft_embedding(const void* ids, int64_t id_bytes, int64_t co
   if (bad != 0) return bad;
   const Session session;
   embedding(ids, id_bytes, count, static_cast<const uint8_t*>(panels), width, type(dtype), out);
+  return 0;
+}
+
+WEFT_EXPORT void weft_scale_rows(void* x, int32_t dtype, float factor, int64_t rows, int64_t width) {
+  const Session session;
+  scale_rows(x, type(dtype), factor, rows, width);
+}
+
+WEFT_EXPORT void weft_softcap(float* x, int64_t stride, int64_t rows, int64_t width, float cap) {
+  const Session session;
+  softcap(x, stride, rows, width, cap);
+}
+
+WEFT_EXPORT int64_t weft_take_rows(const void* x, int64_t stride, int64_t rows_of_x, const int32_t* rows, int64_t count,
+                                   int64_t width, int32_t dtype, void* out) {
+  if (const int64_t bad = first_outside(rows, count, 0, rows_of_x)) return bad;
+  const Session session;
+  take_rows(x, stride, rows, count, width, type(dtype), out);
+  return 0;
+}
+
+// Place of a layout of packed weights in this library, or -1 when it has none of that name.
+WEFT_EXPORT int32_t weft_find_layout(const char* name) { return find_layout(name); }
+
+// Sizes of Instruction and Step, for a comparison with their mirrors.
+WEFT_EXPORT int64_t weft_instruction_bytes() { return sizeof(Instruction); }
+WEFT_EXPORT int64_t weft_step_bytes() { return sizeof(Step); }
+
+// Runs a program on one batch. Returns 0 or what the batch must not contain, with the place in `index`.
+WEFT_EXPORT int32_t weft_run_step(const Instruction* program, int64_t count, const Step* step, int64_t* index) {
+  const Finding finding = check_step(program, count, *step);
+  *index = finding.index;
+  if (finding.fault != Fault::kNone) return static_cast<int32_t>(finding.fault);
+  const Session session;
+  run_step(program, count, *step);
   return 0;
 }
 

@@ -170,6 +170,9 @@ struct KernelTable {
   void (*rms_norm)(const NormArguments&, int64_t first_row, int64_t end_row);
   void (*gate)(const GateArguments&, int64_t first_row, int64_t end_row);
   void (*convert_row)(const void* x, DataType from, void* out, DataType to, int64_t width);
+  // x · factor and cap · tanh(x / cap), in place.
+  void (*scale_row)(void* x, DataType dtype, float factor, int64_t width);
+  void (*softcap_row)(float* x, float cap, int64_t width);
   LogitRun (*scan_logits)(const float* logits, int64_t first_index, int64_t count);
   RaceRun (*race)(const float* logits, int64_t first_index, int64_t count, uint64_t seed, uint64_t position,
                   float* scratch);

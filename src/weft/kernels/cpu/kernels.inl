@@ -864,6 +864,30 @@ void rotary_and_store(const RotaryArguments& a, int64_t first_token, int64_t end
   }
 }
 
+// ---- Whole rows -----------------------------------------------------------------------------------------------
+
+template <typename Element>
+void scale_elements(Element* x, float factor, int64_t width) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    store_up_to(x + i, multiply(load_up_to(x + i, width - i), set(factor)), width - i);
+  }
+}
+
+void scale_row(void* x, DataType dtype, float factor, int64_t width) {
+  if (dtype == kFloat32) {
+    scale_elements(static_cast<float*>(x), factor, width);
+  } else {
+    scale_elements(static_cast<uint16_t*>(x), factor, width);
+  }
+}
+
+void softcap_row(float* x, float cap, int64_t width) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Floats part = divide(load_up_to(x + i, width - i), set(cap));
+    store_up_to(x + i, multiply(set(cap), tanh(part)), width - i);
+  }
+}
+
 // ---- Normalization and activation -----------------------------------------------------------------------------
 
 template <typename Element>
@@ -1074,6 +1098,8 @@ const KernelTable WEFT_TABLE = {
     rms_norm,
     gate,
     convert_row,
+    scale_row,
+    softcap_row,
     scan_logits,
     race,
 };

@@ -244,6 +244,37 @@ void embedding(const void* ids, int64_t id_bytes, int64_t count, const uint8_t* 
   });
 }
 
+void scale_rows(void* x, DataType dtype, float factor, int64_t rows, int64_t width) {
+  if (factor == 1.0f) return;
+  const int64_t bytes = width * bytes_per_element(dtype);
+  split(rows, static_cast<double>(width) * 0.2, [&](int64_t first, int64_t end, int) {
+    for (int64_t row = first; row < end; ++row) {
+      kernels().scale_row(static_cast<uint8_t*>(x) + row * bytes, dtype, factor, width);
+    }
+  });
+}
+
+void softcap(float* x, int64_t stride, int64_t rows, int64_t width, float cap) {
+  const int64_t per_row = divide_up(width, kRunLogits);
+  split(rows * per_row, kRunLogits * 0.6, [&](int64_t first, int64_t end, int) {
+    for (int64_t index = first; index < end; ++index) {
+      const int64_t start = index % per_row * kRunLogits;
+      kernels().softcap_row(x + index / per_row * stride + start, cap, std::min(kRunLogits, width - start));
+    }
+  });
+}
+
+void take_rows(const void* x, int64_t stride, const int32_t* rows, int64_t count, int64_t width, DataType dtype,
+               void* out) {
+  const int64_t element = bytes_per_element(dtype);
+  split(count, static_cast<double>(width) * 0.1, [&](int64_t first, int64_t end, int) {
+    for (int64_t i = first; i < end; ++i) {
+      std::memcpy(static_cast<uint8_t*>(out) + i * width * element,
+                  static_cast<const uint8_t*>(x) + rows[i] * stride * element, width * element);
+    }
+  });
+}
+
 void paged_attention(const AttentionArguments& a, int64_t sequences) {
   const AttentionPlan plan = count_pieces(a, sequences);
   if (plan.pieces == 0) return;

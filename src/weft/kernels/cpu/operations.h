@@ -18,6 +18,11 @@ void pack_panels(const PackArguments& arguments);
 void linear(LinearArguments arguments, const void* x, int64_t x_stride);
 void embedding(const void* ids, int64_t id_bytes, int64_t count, const uint8_t* panels, int64_t width, DataType dtype,
                void* out);
+// Rows of `width` contiguous elements: times a factor; capped; `count` of them copied.
+void scale_rows(void* x, DataType dtype, float factor, int64_t rows, int64_t width);
+void softcap(float* x, int64_t stride, int64_t rows, int64_t width, float cap);
+void take_rows(const void* x, int64_t stride, const int32_t* rows, int64_t count, int64_t width, DataType dtype,
+               void* out);
 void paged_attention(const AttentionArguments& arguments, int64_t sequences);
 void rotary_and_store(const RotaryArguments& arguments, int64_t tokens);
 void rms_norm(const NormArguments& arguments, int64_t rows);

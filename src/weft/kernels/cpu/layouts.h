@@ -1,0 +1,32 @@
+// How a packed weight is multiplied by: one row per layout. A new layout is a row in layouts.cpp.
+#pragma once
+
+#include "kernels.h"
+#include "program.h"
+
+namespace weft {
+
+// Rows of activations that meet a weight, and where the products go.
+struct LinearRows {
+  const void* x;  // rows of in_features in the weight's dtype
+  int64_t x_stride;  // elements
+  const void* residual;  // nullptr or rows of out_features in the weight's dtype
+  int64_t residual_stride;
+  void* out;
+  int64_t out_stride;
+  int64_t rows;
+  DataType out_dtype;
+};
+
+struct Layout {
+  const char* name;  // `PackedLinear.layout`
+  void (*linear)(const PackedWeight& weight, const LinearRows& rows);
+  // Rows of the original weight, in its dtype. nullptr: the layout is no table to look rows up in.
+  void (*embedding)(const PackedWeight& weight, const int32_t* ids, int64_t count, void* out);
+};
+
+// Place of a layout in the table, or -1.
+int32_t find_layout(const char* name);
+const Layout& layout_at(int32_t place);
+
+}  // namespace weft

@@ -1,0 +1,161 @@
+#include "program.h"
+
+#include <time.h>
+
+#include "layouts.h"
+#include "operations.h"
+
+namespace weft {
+namespace {
+
+int64_t now_ns() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
+}
+
+int64_t first_outside(const int32_t* values, int64_t count, int64_t end, int64_t low = 0) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < low || values[i] >= end) return i;
+  }
+  return -1;
+}
+
+// The first sequence whose rows, length or blocks are out of range, or -1. Blocks that the widest window has left
+// behind are never read and may hold anything.
+int64_t first_bad_sequence(const Step& step, int64_t window) {
+  for (int64_t s = 0; s < step.sequences; ++s) {
+    const int64_t first_row = step.query_starts[s], end_row = step.query_starts[s + 1];
+    const int64_t length = end_row - first_row, context = step.context_lens[s];
+    if (first_row < 0 || length < 0 || end_row > step.tokens) return s;
+    if (length == 0) continue;
+    if (context < length || context > step.table_width * step.block_size) return s;
+    const int64_t oldest = window > 0 && context - length >= window ? context - length - window + 1 : 0;
+    const int64_t first = oldest / step.block_size;
+    const int64_t end = (context + step.block_size - 1) / step.block_size;
+    if (first_outside(step.block_tables + s * step.table_stride + first, end - first, step.num_blocks) >= 0) return s;
+  }
+  return -1;
+}
+
+class Runner {
+ public:
+  explicit Runner(const Step& step) : step_(step) {}
+
+  void run(const Instruction& i) const {
+    switch (i.operation) {
+      case Operation::kEmbedding: return look_up(i);
+      case Operation::kLinear: return multiply(i);
+      case Operation::kRmsNorm: return normalize(i);
+      case Operation::kRotaryAndStore: return rotate(i);
+      case Operation::kPagedAttention: return attend(i);
+      case Operation::kGatedActivation: return activate(i);
+      case Operation::kTakeRows: return take(i);
+      case Operation::kSoftcap: return cap(i);
+    }
+  }
+
+ private:
+  int64_t rows(const Instruction& i) const { return i.rows == Rows::kTokens ? step_.tokens : step_.logits; }
+
+  void* at(const Operand& operand) const {
+    if (operand.buffer == kNoBuffer) return nullptr;
+    return static_cast<uint8_t*>(step_.buffers[operand.buffer]) + operand.offset * bytes_per_element(operand.dtype);
+  }
+
+  void look_up(const Instruction& i) const {
+    layout_at(i.linear.layout).embedding(i.linear, step_.token_ids, step_.tokens, at(i.outputs[0]));
+    scale_rows(at(i.outputs[0]), i.outputs[0].dtype, i.scale, step_.tokens, i.linear.in_features);
+  }
+
+  void multiply(const Instruction& i) const {
+    const Operand &x = i.inputs[0], &residual = i.inputs[1], &out = i.outputs[0];
+    layout_at(i.linear.layout)
+        .linear(i.linear,
+                {at(x), x.stride, at(residual), residual.stride, at(out), out.stride, rows(i), out.dtype});
+  }
+
+  void normalize(const Instruction& i) const {
+    const Operand& x = i.inputs[0];
+    rms_norm({at(x), x.stride, i.inner, at(i.inputs[1]), i.weight, at(i.outputs[1]), at(i.outputs[0]), i.width, i.eps,
+              i.weight_offset, x.dtype},
+             rows(i) * i.inner);
+  }
+
+  void rotate(const Instruction& i) const {
+    const Operand &q = i.inputs[0], &k = i.inputs[1], &v = i.inputs[2];
+    rotary_and_store({at(q), q.stride, at(k), k.stride, at(v), v.stride, static_cast<const float*>(i.weight),
+                      i.rotary_size, step_.positions, step_.kv_slots, step_.keys[i.layer], step_.values[i.layer],
+                      i.query_heads, i.kv_heads, i.head_size, step_.block_size, q.dtype, step_.kv_dtype},
+                     step_.tokens);
+  }
+
+  void attend(const Instruction& i) const {
+    const Operand& q = i.inputs[0];
+    paged_attention({at(q), q.stride, at(i.outputs[0]), step_.keys[i.layer], step_.values[i.layer], step_.block_tables,
+                     step_.table_stride, step_.query_starts, step_.context_lens, i.scale, i.softcap, i.window,
+                     i.query_heads, i.kv_heads, i.head_size, step_.block_size, q.dtype, step_.kv_dtype},
+                    step_.sequences);
+  }
+
+  void activate(const Instruction& i) const {
+    const Operand& x = i.inputs[0];
+    gated_activation({at(x), x.stride, at(i.outputs[0]), i.width, i.activation, x.dtype}, rows(i));
+  }
+
+  void take(const Instruction& i) const {
+    const Operand& x = i.inputs[0];
+    take_rows(at(x), x.stride, step_.logit_rows, step_.logits, i.width, x.dtype, at(i.outputs[0]));
+  }
+
+  void cap(const Instruction& i) const {
+    const Operand& x = i.inputs[0];
+    softcap(static_cast<float*>(at(x)), x.stride, rows(i), i.width, i.softcap);
+  }
+
+  const Step& step_;
+};
+
+}  // namespace
+
+Finding check_step(const Instruction* program, int64_t count, const Step& step) {
+  int64_t vocabulary = INT32_MAX, positions = INT32_MAX, window = -1;
+  for (const Instruction* i = program; i != program + count; ++i) {
+    if (i->operation == Operation::kEmbedding && i->linear.out_features < vocabulary) {
+      vocabulary = i->linear.out_features;
+    }
+    if (i->operation == Operation::kRotaryAndStore && i->table_rows < positions) positions = i->table_rows;
+    if (i->operation == Operation::kPagedAttention) {
+      const bool sees_all = i->window == 0 || window == 0;
+      window = sees_all ? 0 : (i->window > window ? i->window : window);
+    }
+  }
+  const int64_t token = first_outside(step.token_ids, step.tokens, vocabulary);
+  if (token >= 0) return {Fault::kTokenId, token};
+  const int64_t position = first_outside(step.positions, step.tokens, positions);
+  if (position >= 0) return {Fault::kPosition, position};
+  const int64_t slot = first_outside(step.kv_slots, step.tokens, step.num_blocks * step.block_size, INT32_MIN);
+  if (slot >= 0) return {Fault::kKvSlot, slot};
+  const int64_t sequence = first_bad_sequence(step, window);
+  if (sequence >= 0) return {Fault::kSequence, sequence};
+  const int64_t row = first_outside(step.logit_rows, step.logits, step.tokens);
+  if (row >= 0) return {Fault::kLogitRow, row};
+  return {Fault::kNone, 0};
+}
+
+void run_step(const Instruction* program, int64_t count, const Step& step) {
+  const Runner runner(step);
+  if (step.nanoseconds == nullptr) {
+    for (const Instruction* i = program; i != program + count; ++i) runner.run(*i);
+    return;
+  }
+  int64_t before = now_ns();
+  for (const Instruction* i = program; i != program + count; ++i) {
+    runner.run(*i);
+    const int64_t after = now_ns();
+    step.nanoseconds[static_cast<int32_t>(i->operation)] += after - before;
+    before = after;
+  }
+}
+
+}  // namespace weft
