@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from weft.kernels import recording
 from weft.kernels.packed import PackedLinear
 from weft.kernels.registry import Case, find
 
@@ -47,6 +48,9 @@ TOLERANCES = {
     "greedy": Tolerance(0.0, 64.0),
     "token_logprobs": Tolerance(0.0, 64.0),
     "embedding": Tolerance(0.0, 0.0),
+    "take_rows": Tolerance(0.0, 0.0),
+    # Far from zero tanh is flat: its own error is absolute.
+    "softcap": Tolerance(2.0, 16.0),
     "race": Tolerance(0.0, 0.0),
 }
 
@@ -80,13 +84,35 @@ def linear(
     return y
 
 
-def embedding(token_ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-    """Rows of a packed weight, for models whose embedding table is also the output layer's weight.
+def embedding(token_ids: torch.Tensor, packed: PackedLinear, scale: float = 1.0) -> torch.Tensor:
+    """Rows of a packed weight, which may be the output layer's, times a factor rounded to the dtype.
 
     Shapes  token_ids `[T]` int32 or int64, weight `[V, E]` → `[T, E]`
     """
-    rows: torch.Tensor = _find_reader("embedding", packed)(token_ids, packed)
+    factor = 1.0 if scale == 1.0 else torch.tensor(scale, dtype=packed.dtype).item()
+    rows: torch.Tensor = _find_reader("embedding", packed)(token_ids, packed, factor)
     return rows
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of x, in the order given.
+
+    Shapes  x `[T, E]`, rows `[n]` int32, 0 ≤ row < T → `[n, E]`
+    """
+    _require_rows("x", x)
+    _require_index("rows", rows)
+    taken: torch.Tensor = _find("take_rows", x)(x, rows)
+    return taken
+
+
+def softcap(x: torch.Tensor, cap: float) -> None:
+    """Replaces x by `cap · tanh(x / cap)`.
+
+    Shapes  x `[S, V]` float32
+    Source  Gemma Team 2024, arXiv 2408.00118, section 2
+    """
+    _require_logits(x)
+    _find("softcap", x)(x, cap)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
@@ -245,12 +271,12 @@ def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
 
 def _find(operation: str, x: torch.Tensor, pool: torch.Tensor | None = None) -> Callable[..., Any]:
     head_size, block_size = (0, 0) if pool is None else (pool.shape[3], pool.shape[2])
-    return find(operation, Case(x.device.type, x.dtype, head_size, block_size)).function
+    return recording.observed(find(operation, Case(x.device.type, x.dtype, head_size, block_size)))
 
 
 def _find_reader(operation: str, packed: PackedLinear) -> Callable[..., Any]:
     case = Case(packed.data.device.type, packed.dtype, layout=packed.layout)
-    return find(operation, case).function
+    return recording.observed(find(operation, case))
 
 
 def _require(condition: bool, name: str, rule: str, given: torch.Tensor) -> None:  # noqa: FBT001

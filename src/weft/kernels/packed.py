@@ -1,6 +1,7 @@
 """A weight matrix in the layout of the implementation that will multiply by it."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -21,6 +22,19 @@ class PackedLinear:
     in_features: int
     dtype: torch.dtype
     """Of the original weight and of the activations that it multiplies."""
+
+    @classmethod
+    def of_rows(cls, weight: torch.Tensor) -> Self:
+        """A weight as it is: what rows are looked up in, when it is no output layer as well."""
+        out_features, in_features = weight.shape
+        return cls(
+            layout="rows",
+            data=weight,
+            bias=None,
+            out_features=out_features,
+            in_features=in_features,
+            dtype=weight.dtype,
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -44,9 +44,20 @@ def linear(
     return y.to(out_dtype)
 
 
-def embedding(token_ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-    """Rows of the weight."""
-    return F.embedding(token_ids, packed.data)
+def embedding(token_ids: torch.Tensor, packed: PackedLinear, scale: float = 1.0) -> torch.Tensor:
+    """Rows of the weight, multiplied where there is a factor."""
+    rows = F.embedding(token_ids, packed.data)
+    return rows if scale == 1.0 else rows * scale
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Copies of the rows."""
+    return x[rows]
+
+
+def softcap(x: torch.Tensor, cap: float) -> None:
+    """`cap · tanh(x / cap)`, in place."""
+    x.div_(cap).tanh_().mul_(cap)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:

@@ -51,6 +51,8 @@ OPERATIONS = (
     "pack_linear",
     "linear",
     "embedding",
+    "take_rows",
+    "softcap",
     "rms_norm",
     "add_rms_norm",
     "rotary_and_store",

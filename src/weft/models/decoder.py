@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from weft.kernels import ops
 from weft.models.forward_batch import ForwardBatch, LayerKv
 from weft.models.layers.attention import Attention
 from weft.models.layers.embedding import VocabularyLayers
@@ -141,9 +142,7 @@ class Decoder:
         for layer, kv in zip(self._layers[1:], batch.kv[1:], strict=True):
             delta, residual = layer(delta, residual, batch, kv)
         rows = batch.logit_rows
-        if len(rows) == 0:
-            return residual.new_empty(0, residual.shape[1])
-        normed, _ = self._final_norm.add(delta[rows], residual[rows])
+        normed, _ = self._final_norm.add(ops.take_rows(delta, rows), ops.take_rows(residual, rows))
         return normed
 
     @torch.inference_mode()

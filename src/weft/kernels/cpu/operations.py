@@ -64,7 +64,7 @@ def linear(
     return out
 
 
-def embedding(token_ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+def embedding(token_ids: torch.Tensor, packed: PackedLinear, scale: float = 1.0) -> torch.Tensor:
     """Rows of the original weight, collected from the panels."""
     out = torch.empty((token_ids.shape[0], packed.in_features), dtype=packed.dtype)
     bad = library().weft_embedding(
@@ -81,7 +81,31 @@ def embedding(token_ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         raise InvariantBroken(
             f"token id {int(token_ids[bad - 1])} at row {bad - 1} is outside the vocabulary of {packed.out_features}"
         )
+    library().weft_scale_rows(out.data_ptr(), _CODES[packed.dtype], scale, out.shape[0], packed.in_features)
     return out
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Copies row by row."""
+    out = torch.empty((rows.shape[0], x.shape[1]), dtype=x.dtype)
+    bad = library().weft_take_rows(
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        rows.data_ptr(),
+        rows.shape[0],
+        x.shape[1],
+        _CODES[x.dtype],
+        out.data_ptr(),
+    )
+    if bad:
+        raise InvariantBroken(f"row {int(rows[bad - 1])} was asked for of {x.shape[0]}")
+    return out
+
+
+def softcap(x: torch.Tensor, cap: float) -> None:
+    """One pass, in runs of 8,192 elements."""
+    library().weft_softcap(x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], cap)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Token ids to vectors and vectors to logits, the vocabulary spread over the ranks."""
 
 import torch
-import torch.nn.functional as F
 
 from weft.kernels import ops
+from weft.kernels.packed import PackedLinear
 from weft.models.layers.reader import WeightReader
 from weft.models.spec import DecoderSpec, LinearSpec
 from weft.models.weights.partition import even_span
@@ -33,21 +33,21 @@ class VocabularyLayers:
         head = LinearSpec(spec.head, spec.vocab_size, spec.hidden_size)
         self._head = reader.packed_rows([(head, self._span)])
         table = LinearSpec(spec.embedding, spec.vocab_size, spec.hidden_size)
-        self._table = None if spec.is_tied else reader.rows(table, self._span)
+        self._table = self._head if spec.is_tied else PackedLinear.of_rows(reader.rows(table, self._span))
 
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return self._head.num_bytes + (0 if self._table is None else self._table.nbytes)
+        return self._head.num_bytes + (0 if self._table is self._head else self._table.num_bytes)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Look rows up, each on the rank that owns it; the others contribute zero."""
         if self._group.world_size == 1:
-            return self._scaled(self._lookup(token_ids))
+            return ops.embedding(token_ids, self._table, self._scale)
         local = token_ids - self._span.start
         foreign = (local < 0) | (local >= self._span.size)
-        rows = self._lookup(local.masked_fill(foreign, 0)).masked_fill(foreign[:, None], 0.0)
-        return self._scaled(self._group.all_reduce(rows))
+        rows = ops.embedding(local.masked_fill(foreign, 0), self._table, self._scale)
+        return self._group.all_reduce(rows.masked_fill(foreign[:, None], 0.0))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Scores of the whole vocabulary, on every rank."""
@@ -57,16 +57,5 @@ class VocabularyLayers:
         if self._group.world_size > 1:
             scores = self._group.all_gather(scores, dim=-1, sizes=self._sizes)
         if self._softcap:
-            scores = self._softcap * torch.tanh(scores / self._softcap)
+            ops.softcap(scores, self._softcap)
         return scores
-
-    def _lookup(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self._table is None:
-            return ops.embedding(token_ids, self._head)
-        return F.embedding(token_ids, self._table)
-
-    def _scaled(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._scale == 1.0:
-            return rows
-        # The factor is rounded to the dtype first, as the models were trained.
-        return rows * torch.tensor(self._scale, dtype=rows.dtype, device=rows.device)
