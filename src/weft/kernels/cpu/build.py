@@ -40,7 +40,8 @@ COMMON_FLAGS = (
     "-Wno-maybe-uninitialized",
     "-pthread",
 )
-_AVX2 = ("-mavx2", "-mfma")
+# Kernels throw nothing; without exception tables they share no symbol with other units.
+_AVX2 = ("-mavx2", "-mfma", "-fno-exceptions")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 UNITS = {
     "thread_pool.cpp": (),
@@ -152,11 +153,15 @@ def _run(command: list[str]) -> None:
 
 @contextmanager
 def _build_lock(directory: Path) -> Iterator[None]:
+    """Lets one process at a time build in a directory; the lock is on the directory itself and leaves no file."""
     import fcntl
 
-    with (directory / ".libweft_cpu.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_stale(library: Path) -> None:

@@ -3,6 +3,9 @@
 // A KernelTable holds plain functions that work on one piece of an operation in the calling thread. operations.cpp
 // cuts operations into pieces and runs them on the pool; a program that runs a whole step calls the same functions.
 //
+// Functions defined here are static: were they shared, the linker might keep the copy of a unit built for a newer
+// instruction set, and an older CPU would die of it.
+//
 // Numbers: an output element is always the same sequence of float operations, whatever the batch, the piece and the
 // thread. Anything that would break this (splitting a sum by the number of rows or threads) has no place here.
 #pragma once
@@ -13,18 +16,18 @@ namespace weft {
 
 enum DataType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
-inline int64_t bytes_per_element(DataType type) { return type == kFloat32 ? 4 : 2; }
+static inline int64_t bytes_per_element(DataType type) { return type == kFloat32 ? 4 : 2; }
 
 // Packed weights are panels of 32 outputs. Inside a panel come the inputs one after another (float32) or two by two
 // (bfloat16): [I][32] floats or [I/2][32][2] bfloat16. Missing outputs and an odd last input are zero.
 constexpr int64_t kPanelColumns = 32;
 
-inline int64_t panel_count(int64_t out_features) { return (out_features + kPanelColumns - 1) / kPanelColumns; }
-inline int64_t panel_steps(int64_t in_features, DataType type) {
+static inline int64_t panel_count(int64_t out_features) { return (out_features + kPanelColumns - 1) / kPanelColumns; }
+static inline int64_t panel_steps(int64_t in_features, DataType type) {
   return type == kFloat32 ? in_features : (in_features + 1) / 2;
 }
 // 128 bytes per step in either dtype.
-inline int64_t panel_bytes(int64_t in_features, DataType type) { return panel_steps(in_features, type) * 128; }
+static inline int64_t panel_bytes(int64_t in_features, DataType type) { return panel_steps(in_features, type) * 128; }
 
 struct PackArguments {
   const void* weight;  // [out_features, in_features], row_stride elements apart
@@ -184,7 +187,7 @@ struct PartRange {
   int64_t end;
 };
 
-inline PartRange visible_parts(const AttentionArguments& a, const AttentionPiece& piece) {
+static inline PartRange visible_parts(const AttentionArguments& a, const AttentionPiece& piece) {
   const int64_t length = a.query_starts[piece.sequence + 1] - a.query_starts[piece.sequence];
   const int64_t first_position = a.context_lens[piece.sequence] - length + piece.first_query;
   const int64_t end_position = first_position + piece.num_queries;

@@ -1,0 +1,126 @@
+"""Builds batches for paged attention: a pool with shuffled blocks, NaN wherever nobody wrote, and its exact answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from weft.kernels import ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedCase:
+    """Sequences in one pool; `lengths` are (rows in this step, context) pairs."""
+
+    q: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    block_tables: torch.Tensor
+    lengths: tuple[tuple[int, int], ...]
+    softcap: float = 0.0
+    window: int = 0
+
+    @property
+    def scale(self) -> float:
+        """As models set it."""
+        return self.q.shape[2] ** -0.5
+
+    def run(self) -> torch.Tensor:
+        """The operation under test."""
+        starts = torch.tensor([0, *[rows for rows, _ in self.lengths]]).cumsum(0).int()
+        return ops.paged_attention(
+            self.q,
+            self.keys,
+            self.values,
+            self.block_tables,
+            starts,
+            torch.tensor([context for _, context in self.lengths], dtype=torch.int32),
+            self.scale,
+            self.softcap,
+            self.window,
+            max_query_len=max((rows for rows, _ in self.lengths), default=0),
+            max_context_len=max((context for _, context in self.lengths), default=0),
+        )
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Result and magnitude (weights times absolute values) in float64, by the definition."""
+        results, magnitudes, first = [], [], 0
+        for sequence, (rows, context) in enumerate(self.lengths):
+            q = self.q[first : first + rows].double()
+            first += rows
+            result, magnitude = self._exact_sequence(q, sequence, context)
+            results.append(result)
+            magnitudes.append(magnitude)
+        return torch.cat(results), torch.cat(magnitudes)
+
+    def _exact_sequence(self, q: torch.Tensor, sequence: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (self._gather(pool, sequence, context) for pool in (self.keys, self.values))
+        scores = torch.einsum("thd,hcd->htc", q, keys) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        positions = torch.arange(context - len(q), context)[:, None]
+        columns = torch.arange(context)[None, :]
+        hidden = columns > positions
+        if self.window:
+            hidden |= columns <= positions - self.window
+        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+        return torch.einsum("htc,hcd->thd", weights, values), torch.einsum("htc,hcd->thd", weights, values.abs())
+
+    def _gather(self, pool: torch.Tensor, sequence: int, context: int) -> torch.Tensor:
+        blocks = pool[self.block_tables[sequence].long()].transpose(0, 1).flatten(1, 2)[:, :context].double()
+        return blocks.repeat_interleave(self.q.shape[1] // pool.shape[1], dim=0)
+
+    def part(self, sequence: int, first_position: int, end_position: int) -> "PagedCase":
+        """Rows of one sequence alone, as a later or earlier step would compute them."""
+        rows, context = self.lengths[sequence]
+        before = sum(length for length, _ in self.lengths[:sequence])
+        start = before + first_position - (context - rows)
+        return replace(
+            self,
+            q=self.q[start : start + end_position - first_position],
+            block_tables=self.block_tables[sequence : sequence + 1],
+            lengths=((end_position - first_position, end_position),),
+        )
+
+
+def make_case(
+    lengths: Sequence[tuple[int, int]],
+    *,
+    heads: tuple[int, int] = (4, 2),
+    head_size: int = 64,
+    block_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    seed: int = 0,
+) -> PagedCase:
+    """Random queries, keys and values; everything that belongs to no position of a sequence is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    query_heads, kv_heads = heads
+    counts = [-(-context // block_size) for _, context in lengths]
+    order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(seed)).int()
+    tables = torch.zeros(len(lengths), max(counts, default=0) + 1, dtype=torch.int32)
+    shape = (len(order), kv_heads, block_size, head_size)
+    keys, values = (torch.full(shape, torch.nan, dtype=kv_dtype or dtype) for _ in range(2))
+    used = 0
+    for sequence, (_, context) in enumerate(lengths):
+        for start in range(0, context, block_size):
+            block = order[used]
+            used += 1
+            tables[sequence, start // block_size] = block
+            # Drawn per position, so that another block size holds the same numbers.
+            for offset in range(min(block_size, context - start)):
+                keys[block, :, offset] = torch.randn(kv_heads, head_size, generator=generator).to(keys.dtype)
+                values[block, :, offset] = torch.randn(kv_heads, head_size, generator=generator).to(keys.dtype)
+    rows = sum(length for length, _ in lengths)
+    q = torch.randn(rows, query_heads, head_size, generator=generator).to(dtype)
+    return PagedCase(
+        q=q,
+        keys=keys,
+        values=values,
+        block_tables=tables,
+        lengths=tuple(lengths),
+        softcap=softcap,
+        window=window,
+    )

@@ -1,0 +1,68 @@
+"""Building the compiled kernels: names, refusals, what is left behind."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from weft.kernels.cpu import build
+from weft.kernels.cpu.build import BuildError, BuildOptions
+
+
+def test_another_sanitizer_is_another_library() -> None:
+    names = {build.library_name(BuildOptions(sanitizer=name)) for name in ("", *build.SANITIZERS)}
+
+    assert len(names) == 4
+    assert build.library_name() in names
+
+
+def test_a_change_of_any_source_changes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in build.SOURCE_DIR.iterdir():
+        if path.suffix in {".cpp", ".h", ".inl"}:
+            shutil.copy(path, tmp_path)
+    before = build.library_name()
+    monkeypatch.setattr(build, "SOURCE_DIR", tmp_path)
+
+    assert build.library_name() == before
+    for path in sorted(tmp_path.iterdir()):
+        path.write_text(path.read_text() + "\n")
+        assert build.library_name() != before
+        before = build.library_name()
+
+
+def test_every_source_is_a_unit() -> None:
+    assert {path.name for path in build.SOURCE_DIR.glob("*.cpp")} == set(build.UNITS)
+
+
+def test_a_missing_compiler_is_one_line_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler found \(tried no-such-compiler\): install g\+\+ 12"):
+        build.build(tmp_path, BuildOptions(compiler="no-such-compiler"))
+
+
+def test_a_machine_of_another_kind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+
+    with pytest.raises(BuildError, match="C\\+\\+ kernels exist for x86-64 Linux, this is aarch64"):
+        build.find_compiler(BuildOptions())
+
+
+def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: no such flag' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    output = tmp_path / "out"
+
+    with pytest.raises(BuildError, match="broken failed: fatal error: no such flag"):
+        build.build(output, BuildOptions(compiler=str(compiler)))
+    assert list(output.iterdir()) == []
+
+
+def test_a_library_that_is_there_is_not_built_again(tmp_path: Path) -> None:
+    library = tmp_path / build.library_name()
+    library.touch()
+
+    assert build.build(tmp_path, BuildOptions(compiler="no-such-compiler")) == library
+
+
+def test_units_that_run_everywhere_use_the_oldest_instructions_only() -> None:
+    assert all(build.UNITS[unit] == () for unit in ("thread_pool.cpp", "operations.cpp", "interface.cpp"))
