@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "batch": ("weft.commands.batch:batch", "answer a file of requests in OpenAI's batch format"),
     "download": ("weft.commands.download:download", "fetch a model into the cache and print where it is"),
     "plan": ("weft.commands.plan:plan", "tell whether a model fits, from its headers alone"),
+    "doctor": ("weft.commands.doctor:doctor", "check this machine, and its kernels against their references"),
     "config": ("weft.commands.config:config", "show every setting, its value and where the value comes from"),
     "router": ("weft.commands.process:router", "run the HTTP process alone, on a launcher's run directory"),
     "shard": ("weft.commands.process:shard", "run one model process alone, on a launcher's run directory"),
