@@ -53,6 +53,10 @@ open unless `--protect-health`, metrics unless `--protect-metrics`. A route that
 * A stop text counts wherever it ends, also inside a token; the text ends with it.
 * On `/v1` OpenAI's API is the truth: `presence_penalty`, `stop` as a text, `finish_reason`, error objects, ids.
 * Asking for a key covers every route but health and metrics, and keys are compared exactly.
+* Vertex AI's and KServe's routes are always there, honour every parameter, and answer failures with their own status;
+  KServe takes texts besides bytes, and its `ready` routes say 503 when nothing would be served. An instance of Vertex
+  AI samples unless `do_sample` says otherwise, as in TGI; with `details` its prediction is what /generate would answer.
+  `AIP_PREDICT_ROUTE` and `AIP_HEALTH_ROUTE` add (or take) those paths.
 
 ## Model names on `/v1`
 

@@ -3,7 +3,7 @@
     WeftError
     ├── RequestError                 ends one request; has an HTTP status
     │   ├── BadRequestError          the body is not what the route reads (JSON, type, content type)
-    │   ├── ValidationError          a field has a value outside its range
+    │   ├── ValidationError          a field has a value outside its range (NotSupported, ContextLength, …)
     │   ├── TemplateError            the chat template refused the messages
     │   ├── UnauthorizedError  NotFoundError  PayloadTooLargeError  MethodNotAllowedError  UnsupportedMediaTypeError
     │   ├── RequestTimeoutError      headers or body came too slowly
@@ -93,6 +93,20 @@ class NotSupportedError(ValidationError):
     """A field of the API that this server knows and does not implement."""
 
     code = "not_supported"
+
+
+class EncodingError(ValidationError):
+    """The bytes of a KServe tensor are no UTF-8."""
+
+    code = "utf8"
+    error_type = "utf8"
+
+
+class TensorCountError(ValidationError):
+    """A KServe request asks for more or fewer outputs than it has inputs."""
+
+    code = "length_mismatch"
+    error_type = "length mismatch"
 
 
 class ContextLengthError(ValidationError):

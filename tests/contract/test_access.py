@@ -18,6 +18,8 @@ BODIES = {
     "/chat_tokenize": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/completions": {"prompt": "a"},
+    "/invocations": {"inputs": "a"},
+    "/vertex": {"instances": [{"inputs": "a"}]},
 }
 
 
@@ -47,7 +49,7 @@ class TestKeys:
     async def test_a_route_opens_to_the_exact_key_only(self, route: Route, headers: dict[str, str], is_right: bool):
         house = build_house(settings={"api_key": KEY})
 
-        answer = await house.request(route.method, concrete(route), BODIES.get(route.path), headers)
+        answer = await house.request(route.method, concrete(route), BODIES.get(route.path, route.example), headers)
 
         is_open = is_right or route.access is not Access.USER
         assert answer.status == (200 if is_open else 401)

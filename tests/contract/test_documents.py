@@ -16,6 +16,9 @@ BODIES = {
     "/chat_tokenize": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2},
     "/v1/completions": {"prompt": "a", "logprobs": 1},
+    "/invocations": {"prompt": "a"},
+    "/vertex": {"instances": [{"inputs": "a"}, {"inputs": "a", "parameters": {"details": True}}]},
+    "/v2/models/{name}/infer": {"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": ["a"]}]},
 }
 
 
@@ -61,7 +64,7 @@ async def test_answers_and_examples_are_as_described(path: str):
     jsonschema.validate(error.json, schema_for(spec, error_schema))
 
 
-@pytest.mark.parametrize("path", ["/generate_stream", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/generate_stream", "/v1/chat/completions", "/v1/completions", "/invocations"])
 async def test_events_are_as_described(path: str):
     spec = await document()
     event_schema = spec["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]

@@ -13,6 +13,8 @@ GENERATIONS = {
     "/": {"inputs": "a"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/completions": {"prompt": "a"},
+    "/invocations": {"inputs": "a"},
+    "/vertex": {"instances": [{"inputs": "a"}]},
 }
 
 

@@ -38,6 +38,10 @@ def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]])
         yield f"--tenant-header: must be the name of a header. Given: {quoted(s.tenant_header)}."
     if s.api_key is not None and not (s.api_key.isascii() and s.api_key.isprintable()):
         yield "--api-key: must be printable ASCII, as HTTP headers are. Given: a secret."
+    for name in ("aip_predict_route", "aip_health_route"):
+        path = getattr(s, name)
+        if path is not None and not re.fullmatch(r"/[A-Za-z0-9._~:/@%+-]*", path):
+            yield f"${name.upper()}: must be the path of a route, beginning with /. Given: {quoted(path)}."
     if not s.hub_endpoint.startswith(("http://", "https://")):
         yield f"--hub-endpoint: must begin with https:// or http://. Given: {quoted(s.hub_endpoint)}."
     yield from (f"--cors-allow-origin: {fault}" for fault in _origin_faults(s.cors_allow_origin))

@@ -198,7 +198,12 @@ class Settings:
         "Address to listen on; a name must resolve. $HOSTNAME counts only when it is an IP address, because "
         "containers put their own name there", is_tgi=True, aliases=("--host",), is_common=True)
     port: int = _row(3000, INTEGER, NETWORK,
-        "Port to listen on", is_tgi=True, short="-p", minimum=1, maximum=65535, is_common=True)
+        "Port to listen on", is_tgi=True, short="-p", env=("AIP_HTTP_PORT",), minimum=1, maximum=65535, is_common=True)
+    aip_predict_route: str | None = _row(None, TEXT, NETWORK,
+        "Path where Vertex AI asks for predictions, besides /vertex; the platform sets the variable", is_tgi=True,
+        flag=None)
+    aip_health_route: str | None = _row(None, TEXT, NETWORK,
+        "Path where Vertex AI probes, besides /health; the platform sets the variable", is_tgi=True, flag=None)
     prometheus_port: int = _row(9000, INTEGER, NETWORK,
         "Read for compatibility: metrics are at /metrics of --port, as in TGI, and nothing listens here", is_tgi=True,
         minimum=0, maximum=65535)

@@ -11,21 +11,32 @@ as the last event of a stream afterwards.
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import structlog
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from weft.config import Settings
 from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
-from weft.router import health, native, openai, openapi
+from weft.router import cloud, health, native, openai, openapi
 from weft.router.body import read_body, require_json
 from weft.router.context import RouterContext
 from weft.router.error_replies import body_of, dialect_of, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
 from weft.router.routes import Access, Route, RouteTable
+from weft.router.schemas_cloud import (
+    InferRequest,
+    InferResponse,
+    LiveResponse,
+    ModelMetadata,
+    ServerMetadata,
+    VertexRequest,
+    VertexResponse,
+)
 from weft.router.schemas_native import (
     ChatTokenizeResponse,
     CompatGenerateRequest,
@@ -52,6 +63,10 @@ _GENERATE_EXAMPLE: Mapping[str, JsonValue] = {"inputs": "What is deep learning?"
 _CHAT_EXAMPLE: Mapping[str, JsonValue] = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "max_tokens": 32,
+}
+_INFER_EXAMPLE: Mapping[str, JsonValue] = {
+    "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["What is deep learning?"]}],
+    "parameters": {"max_new_tokens": 32},
 }
 _COMPLETION_EXAMPLE: Mapping[str, JsonValue] = {"prompt": "The capital of France is", "max_tokens": 8}
 
@@ -108,6 +123,56 @@ ROUTES: tuple[Route, ...] = (
         summary="As /info", tag="TGI", answer=Info, is_hidden=True,
     ),
     Route(
+        method="POST", path="/invocations", handler=cloud.invocations, access=Access.USER,
+        summary="SageMaker: the body's shape chooses between /, /v1/chat/completions and /v1/completions",
+        tag="Clouds", body=(CompatGenerateRequest, ChatRequest, CompletionRequest),
+        answer=(list[GenerateResponse], ChatCompletion, Completion),
+        event=(StreamResponse, ChatCompletionChunk, Completion), generates=True, example=_GENERATE_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/vertex", handler=cloud.vertex, access=Access.USER,
+        summary="Vertex AI: predictions for several instances", tag="Clouds", body=VertexRequest,
+        answer=VertexResponse, generates=True, example={"instances": [_GENERATE_EXAMPLE]},
+    ),
+    Route(
+        method="POST", path="/v2/models/{name}/versions/{version}/infer", handler=cloud.infer, access=Access.USER,
+        summary="KServe: generate a text per input", tag="Clouds", body=InferRequest, answer=InferResponse,
+        generates=True, example=_INFER_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/v2/models/{name}/infer", handler=cloud.infer, access=Access.USER,
+        summary="KServe: generate a text per input", tag="Clouds", body=InferRequest, answer=InferResponse,
+        generates=True, example=_INFER_EXAMPLE,
+    ),
+    Route(
+        method="GET", path="/v2", handler=cloud.server_metadata, access=Access.USER,
+        summary="KServe: what this server is", tag="Clouds", answer=ServerMetadata,
+    ),
+    Route(
+        method="GET", path="/v2/models/{name}/versions/{version}", handler=cloud.model_metadata, access=Access.USER,
+        summary="KServe: what the model is", tag="Clouds", answer=ModelMetadata,
+    ),
+    Route(
+        method="GET", path="/v2/models/{name}", handler=cloud.model_metadata, access=Access.USER,
+        summary="KServe: what the model is", tag="Clouds", answer=ModelMetadata,
+    ),
+    Route(
+        method="GET", path="/v2/health/live", handler=cloud.live, access=Access.HEALTH_PROBE,
+        summary="KServe: whether the process answers", tag="Clouds", answer=LiveResponse,
+    ),
+    Route(
+        method="GET", path="/v2/health/ready", handler=cloud.ready, access=Access.HEALTH_PROBE,
+        summary="KServe: whether a generation would be served now", tag="Clouds", answer=LiveResponse,
+    ),
+    Route(
+        method="GET", path="/v2/models/{name}/versions/{version}/ready", handler=cloud.ready,
+        access=Access.HEALTH_PROBE, summary="KServe: as /v2/health/ready", tag="Clouds", answer=LiveResponse,
+    ),
+    Route(
+        method="GET", path="/v2/models/{name}/ready", handler=cloud.ready, access=Access.HEALTH_PROBE,
+        summary="KServe: as /v2/health/ready", tag="Clouds", answer=LiveResponse,
+    ),
+    Route(
         method="GET", path="/", handler=health.root, access=Access.HEALTH_PROBE,
         summary="Health; a page for browsers", tag="Operations", answer_type="",
     ),
@@ -152,7 +217,7 @@ ROUTES: tuple[Route, ...] = (
 
 def build_app(context: RouterContext) -> ASGIApp:
     """The application of one router process."""
-    table = RouteTable(ROUTES)
+    table = RouteTable(_with_vertex_names(ROUTES, context.settings))
     # Made when first asked for: most servers are never asked.
     context.openapi = cache(lambda: openapi.build_document(table.routes, context.version))
     context.metrics.before_exposition(lambda: health.collect_gauges(context))
@@ -165,6 +230,18 @@ def build_app(context: RouterContext) -> ASGIApp:
         expose_headers=("x-request-id", "retry-after"),
     )
     return Edge(cors, context.clock, context.metrics)
+
+
+def _with_vertex_names(routes: Sequence[Route], settings: Settings) -> list[Route]:
+    """The table, with prediction and health also where Vertex AI wants them; its names win over ours."""
+    own = {(route.method, route.path): route for route in routes}
+    if settings.aip_predict_route is not None:
+        route = replace(own["POST", "/vertex"], path=settings.aip_predict_route, speaks_like="/vertex", is_hidden=True)
+        own["POST", route.path] = route
+    if settings.aip_health_route is not None:
+        route = replace(own["GET", "/health"], path=settings.aip_health_route, speaks_like="/health", is_hidden=True)
+        own["GET", route.path] = route
+    return list(own.values())
 
 
 class Dispatch:
@@ -185,7 +262,7 @@ class Dispatch:
         route: Route | None = None
         try:
             route = self._table.find(exchange)
-            exchange.route = route.path
+            exchange.route, exchange.speaks_like = route.path, route.speaks_like
             self._auth.check(route, exchange)
             await self._handle(route, exchange)
         except RequestError as error:
@@ -221,7 +298,7 @@ class Dispatch:
         if exchange.is_answering:
             exchange.abort_connection()
             return
-        dialect = dialect_of(exchange.scope["path"])
+        dialect = dialect_of(exchange.speaks_like or exchange.scope["path"])
         body = body_of(error, dialect, self._context.lifecycle.progress)
         headers = headers_of(error)
         if exchange.stage in ("headers", "body"):

@@ -66,6 +66,8 @@ class Exchange:
     request_id: str
     timings: Timings
     route: str = UNMATCHED
+    speaks_like: str = ""
+    """Path of the route whose dialect an error is said in; empty: this exchange's own."""
     body: bytes = b""
     path_params: dict[str, str] = field(default_factory=dict)
     status: int = 0

@@ -27,17 +27,21 @@ async def root(context: RouterContext, exchange: Exchange) -> None:
 
 async def health(context: RouterContext, exchange: Exchange) -> None:
     """GET /health /ping: 200 and nothing, or 503 and where the server stands."""
-    lifecycle = context.lifecycle
-    if lifecycle.state is not ServerState.READY:
-        await _reply_unhealthy(context, exchange, lifecycle.not_ready())
-        return
+    fault = await find_fault(context)
+    if fault is None:
+        await exchange.reply(200, b"")
+    else:
+        await _reply_unhealthy(context, exchange, fault)
+
+
+async def find_fault(context: RouterContext) -> NotReadyError | None:
+    """Why a generation would not be served now; None when it would."""
+    if context.lifecycle.state is not ServerState.READY:
+        return context.lifecycle.not_ready()
     engine = await context.probe.health()
     timeout_ns = int(context.settings.watchdog_timeout_s * 1e9)
     is_stalled = timeout_ns > 0 and engine.stalled_ns > timeout_ns
-    if not engine.is_ready or is_stalled:
-        await _reply_unhealthy(context, exchange, NotReadyError("unhealthy", retry_after_s=2.0))
-        return
-    await exchange.reply(200, b"")
+    return NotReadyError("unhealthy", retry_after_s=2.0) if is_stalled or not engine.is_ready else None
 
 
 async def live(context: RouterContext, exchange: Exchange) -> None:

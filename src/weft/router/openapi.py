@@ -68,7 +68,7 @@ def build_document(routes: Iterable[Route], version: str) -> bytes:
     shown = [route for route in routes if not route.is_hidden]
     types: list[object] = [ErrorResponse, NotReadyResponse, OpenAIError]
     for route in shown:
-        types += [kind for kind in (route.body, route.answer, route.event) if kind is not None]
+        types += [kind for kinds in (route.body, route.answer, route.event) for kind in _alternatives(kinds)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     schema_of = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: dict[str, JsonObject] = {}
@@ -89,7 +89,7 @@ def build_document(routes: Iterable[Route], version: str) -> bytes:
                 "schemas": components,
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             },
-            "tags": [{"name": name} for name in ("OpenAI", "TGI", "Operations")],
+            "tags": [{"name": name} for name in ("OpenAI", "TGI", "Clouds", "Operations")],
         }
     )
 
@@ -103,11 +103,13 @@ def _operation(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
         # The empty object: a server without a key asks for none.
         "security": [{}, {"key": []}] if route.access is Access.USER else [{}],
     }
-    if "{" in route.path:
-        name = route.path.partition("{")[2].partition(":")[0].rstrip("}")
-        operation["parameters"] = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]
+    names = [part.partition("}")[0].partition(":")[0] for part in route.path.split("{")[1:]]
+    if names:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if route.body is not None:
-        media: JsonObject = {"schema": schema_of[repr(route.body)]}
+        media: JsonObject = {"schema": _any_of(route.body, schema_of)}
         if route.example is not None:
             media["example"] = dict(route.example)
         operation["requestBody"] = {"required": True, "content": {"application/json": media}}
@@ -117,11 +119,11 @@ def _operation(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
 def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
     content: JsonObject = {}
     if route.answer is not None:
-        content[route.answer_type] = {"schema": schema_of[repr(route.answer)]}
+        content[route.answer_type] = {"schema": _any_of(route.answer, schema_of)}
     elif route.answer_type and route.answer_type != _EVENT_STREAM:
         content[route.answer_type] = {"schema": {"type": "string"}}
     if route.event is not None:
-        content[_EVENT_STREAM] = {"schema": schema_of[repr(route.event)]}
+        content[_EVENT_STREAM] = {"schema": _any_of(route.event, schema_of)}
     answer: JsonObject = {"description": "Success"}
     if content:
         answer["content"] = content
@@ -133,6 +135,16 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
             continue
         responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error_schema}}}
     return responses
+
+
+def _alternatives(kinds: object) -> tuple[object, ...]:
+    """A type, a tuple of types, or nothing, as a tuple."""
+    return kinds if isinstance(kinds, tuple) else () if kinds is None else (kinds,)
+
+
+def _any_of(kinds: object, schema_of: dict[str, JsonObject]) -> JsonObject:
+    schemas = [schema_of[repr(kind)] for kind in _alternatives(kinds)]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
 
 def _operation_id(route: Route) -> str:

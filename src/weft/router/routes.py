@@ -40,18 +40,20 @@ class Route:
     access: Access
     summary: str
     tag: str
-    body: type[msgspec.Struct] | None = None
-    """What a POST reads."""
+    body: type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] | None = None
+    """What a POST reads. A tuple here and below: any of these."""
     answer: object | None = None
     """Type of the JSON that status 200 carries; None: nothing, or no JSON."""
     answer_type: str = "application/json"
-    event: type[msgspec.Struct] | None = None
+    event: type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] | None = None
     """What each event carries when the answer may be a stream."""
     generates: bool = False
     """Counts in the request metrics and waits for a place."""
     example: Mapping[str, JsonValue] | None = None
     is_hidden: bool = False
     """Not in the documentation: an alias."""
+    speaks_like: str = ""
+    """Path whose dialect errors are said in; empty: the route's own."""
 
 
 class RouteTable:
