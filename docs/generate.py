@@ -81,8 +81,8 @@ Written by `make docs` from the table in `src/weft/cli.py`; do not edit.
 CLI_TAIL = """
 TGI's commands work under their own names: `text-generation-launcher` is `weft serve`; `text-generation-router` and
 `text-generation-server serve` run one process on the run directory of a launcher (`--run-dir`), as `weft router` and
-`weft shard` do; `text-generation-server download-weights` is `weft download`; `text-generation-benchmark` says that it
-is not there yet (`make bench` measures the whole server).
+`weft shard` do; `text-generation-server download-weights` is `weft download`; `text-generation-benchmark` is
+`weft bench`.
 
 ## Models
 

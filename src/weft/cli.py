@@ -15,6 +15,7 @@ from weft.errors import StartupError, UsageError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("weft.commands.serve:serve", "serve a model over HTTP"),
     "chat": ("weft.commands.chat:chat", "talk to a model in the terminal"),
+    "bench": ("weft.commands.bench:bench", "measure a running server by number of streams"),
     "batch": ("weft.commands.batch:batch", "answer a file of requests in OpenAI's batch format"),
     "download": ("weft.commands.download:download", "fetch a model into the cache and print where it is"),
     "plan": ("weft.commands.plan:plan", "tell whether a model fits, from its headers alone"),
@@ -54,8 +55,8 @@ def server_main() -> int:
 
 
 def benchmark_main() -> int:
-    """TGI's `text-generation-benchmark`."""
-    return _guarded(_benchmark, sys.argv[1:])
+    """TGI's `text-generation-benchmark`: `weft bench`."""
+    return _guarded(lambda argv: _run("bench", argv), sys.argv[1:])
 
 
 def _weft(argv: Sequence[str]) -> int:
@@ -77,13 +78,6 @@ def _server(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in names:
         raise UsageError(f"text-generation-server: say one of {', '.join(names)}.")
     return _run(names[argv[0]], argv[1:])
-
-
-def _benchmark(_argv: Sequence[str]) -> int:
-    raise UsageError(
-        "text-generation-benchmark measures shards without the router, which this version cannot do yet; "
-        "`make bench` measures the whole server."
-    )
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
