@@ -14,7 +14,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,16 +206,20 @@ class RunningServer:
             raise ServerFailed(f"still running {timeout_s:g} s after {number.name}\n{self.explain()}") from None
 
     def destroy(self) -> None:
-        """End everything for certain, however the test went."""
+        """End everything for certain, however the test went, orphans included."""
         self.http.close()
-        processes = self.processes()
+        processes = [process for process in psutil.process_iter() if self._is_ours(process)]
         for process in processes:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(processes, timeout=10)
         self.process.wait(10)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.cwd() == str(self.directory)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
 
 
 def launch(model: str | Path, *flags: str, port: int | None = None, directory: Path | None = None) -> RunningServer:
@@ -223,7 +227,7 @@ def launch(model: str | Path, *flags: str, port: int | None = None, directory: P
 
     The caller calls `destroy`.
     """
-    directory = directory or Path(tempfile.mkdtemp(prefix="weft-e2e-"))
+    directory = directory or Path(tempfile.mkdtemp(prefix="weft-e2e-")).resolve()
     port = port or free_port()
     command = [LAUNCHER, "--model-id", str(model), "--hostname", "127.0.0.1", "--port", str(port)]
     with (directory / "output.log").open("wb") as output:
@@ -232,6 +236,8 @@ def launch(model: str | Path, *flags: str, port: int | None = None, directory: P
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            # Also the mark by which its processes are known when they have lost their parent.
+            cwd=directory,
             env=clean_environment(),
         )
     return RunningServer(process, port, directory)
