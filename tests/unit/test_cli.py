@@ -52,7 +52,7 @@ def test_the_overview_lists_all_commands(
         (("text-generation-router", "--port", "1"), "text-generation-launcher starts the router"),
         (("text-generation-server", "quantize"), "say one of serve, download-weights"),
         (("text-generation-server", "serve", "model"), "text-generation-launcher starts the shards"),
-        (("text-generation-benchmark", "-t", "x"), "`make bench` measures the whole server"),
+        (("text-generation-benchmark", "-t", "x", "-m", "socket"), "use --url instead of -m"),
     ],
 )
 def test_a_wrong_command_line_ends_with_code_2_and_says_what_to_do(
