@@ -109,6 +109,12 @@ class TensorCountError(ValidationError):
     error_type = "length mismatch"
 
 
+class PreviousResponseNotFoundError(ValidationError):
+    """`previous_response_id` names no stored response."""
+
+    code = "previous_response_not_found"
+
+
 class ContextLengthError(ValidationError):
     """Prompt and completion do not fit the context."""
 

@@ -39,6 +39,10 @@ class Limits:
     max_stream_buffer_bytes: int = 256 * 1024
     stream_stall_timeout_s: float = 30.0
 
+    # Stored responses: dropped oldest first beyond either bound.
+    max_stored_responses: int = 100_000
+    max_stored_response_bytes: int = 1024 * 1024 * 1024
+
     # Engine.
     max_queue_requests: int = 1024
     max_num_sequences: int = 256

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft.config import Settings
 from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
-from weft.router import cloud, health, native, openai, openapi
+from weft.router import cloud, health, native, openai, openapi, responses
 from weft.router.body import read_body, require_json
 from weft.router.context import RouterContext
 from weft.router.error_replies import body_of, dialect_of, headers_of, status_of
@@ -55,6 +55,21 @@ from weft.router.schemas_openai import (
     Model,
     ModelList,
 )
+from weft.router.schemas_responses import (
+    ContentPartEvent,
+    InputItemsQuery,
+    InputTokens,
+    InputTokensRequest,
+    ItemList,
+    OutputItemEvent,
+    Response,
+    ResponseDeleted,
+    ResponseEvent,
+    ResponseQuery,
+    ResponsesRequest,
+    TextDeltaEvent,
+    TextDoneEvent,
+)
 from weft.router.stream import ClientWatch
 
 log = structlog.get_logger("weft.http")
@@ -68,6 +83,7 @@ _INFER_EXAMPLE: Mapping[str, JsonValue] = {
     "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["What is deep learning?"]}],
     "parameters": {"max_new_tokens": 32},
 }
+_RESPONSE_EXAMPLE: Mapping[str, JsonValue] = {"input": "What is the capital of France?"}
 _COMPLETION_EXAMPLE: Mapping[str, JsonValue] = {"prompt": "The capital of France is", "max_tokens": 8}
 
 ROUTES: tuple[Route, ...] = (
@@ -80,6 +96,36 @@ ROUTES: tuple[Route, ...] = (
         method="POST", path="/v1/completions", handler=openai.completions, access=Access.USER,
         summary="Continue one or several texts", tag="OpenAI", body=CompletionRequest, answer=Completion,
         event=Completion, generates=True, example=_COMPLETION_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/v1/responses", handler=responses.create, access=Access.USER,
+        summary="Answer a conversation that goes on behind an earlier response", tag="OpenAI", body=ResponsesRequest,
+        answer=Response, event=(ResponseEvent, OutputItemEvent, ContentPartEvent, TextDeltaEvent, TextDoneEvent),
+        generates=True, example=_RESPONSE_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/v1/responses/input_tokens", handler=responses.count_input_tokens, access=Access.USER,
+        summary="Tokens that a response's input would have", tag="OpenAI", body=InputTokensRequest,
+        answer=InputTokens, example=_RESPONSE_EXAMPLE,
+    ),
+    Route(
+        method="GET", path="/v1/responses/{response_id}", handler=responses.retrieve, access=Access.USER,
+        summary="A stored response; `stream` repeats the events of a background stream", tag="OpenAI",
+        query=ResponseQuery, answer=Response,
+        event=(ResponseEvent, OutputItemEvent, ContentPartEvent, TextDeltaEvent, TextDoneEvent),
+    ),
+    Route(
+        method="DELETE", path="/v1/responses/{response_id}", handler=responses.delete, access=Access.USER,
+        summary="Forget a response", tag="OpenAI", answer=ResponseDeleted,
+    ),
+    Route(
+        method="POST", path="/v1/responses/{response_id}/cancel", handler=responses.cancel, access=Access.USER,
+        summary="Stop a background response", tag="OpenAI", answer=Response,
+    ),
+    Route(
+        method="GET", path="/v1/responses/{response_id}/input_items", handler=responses.input_items,
+        access=Access.USER, summary="What stood before a response's answer", tag="OpenAI", query=InputItemsQuery,
+        answer=ItemList,
     ),
     Route(
         method="GET", path="/v1/models", handler=openai.models, access=Access.USER,
@@ -224,7 +270,7 @@ def build_app(context: RouterContext) -> ASGIApp:
     cors = CORSMiddleware(
         Dispatch(context, table),
         allow_origins=context.settings.cors_allow_origin or ("*",),
-        allow_methods=("GET", "POST", "OPTIONS"),
+        allow_methods=("GET", "POST", "DELETE", "OPTIONS"),
         # Mirrors what the browser asks for: clients send Authorization and headers of their own.
         allow_headers=("*",),
         expose_headers=("x-request-id", "retry-after"),
@@ -252,6 +298,7 @@ class Dispatch:
         self._table = table
         self._auth = KeyCheck(context)
         self._accounts = GenerationAccounts(context)
+        context.account = self._accounts.add
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -270,7 +317,7 @@ class Dispatch:
         except Exception:  # a border: whatever a handler raises, the client gets an answer and the server lives
             log.exception("request.bug", request_id=exchange.request_id, route=exchange.route)
             await self._fail(exchange, InternalError("The server made a mistake with this request; it is logged"))
-        if route is not None and route.generates:
+        if route is not None and route.generates and not exchange.generates_later:
             self._accounts.add(exchange)
 
     async def _handle(self, route: Route, exchange: Exchange) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 import structlog
@@ -101,6 +102,19 @@ def decode(body: bytes, body_type: type[Body]) -> Body:
         raise MalformedJsonError(f"The request body is not valid JSON: {detail}") from None
     _note_unknown_fields(body, body_type)
     return decoded
+
+
+def decode_query(exchange: Exchange, query_type: type[Body]) -> Body:
+    """The query as a struct; of a repeated name, the last. Raises BadRequestError naming the parameter."""
+    query: bytes = exchange.scope["query_string"]
+    try:
+        given = dict(parse_qsl(query.decode("latin-1"), max_num_fields=LIMITS.max_headers))
+    except ValueError:
+        raise BadRequestError(f"The query must have at most {LIMITS.max_headers} parameters") from None
+    try:
+        return msgspec.convert(given, query_type, strict=False)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error)) from None
 
 
 def check_depth(body: bytes) -> None:

@@ -161,6 +161,24 @@ class ChoiceText:
         self._num_shown_chars += len(text)
         return text, trail.release(self._num_shown_chars, is_final=sequence.finish_reason is not None)
 
+    def _token_logprob(self, event: TokenEvent) -> TokenLogprob:
+        top = event.top_tokens
+        count = self._request.sampling.top_n_tokens
+        alternatives = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
+        return TokenLogprob(
+            token=self._model.tokenizer.token_text(event.token_id),
+            logprob=shown_logprob(event.logprob),
+            bytes=list(self._model.token_bytes(event.token_id)),
+            top_logprobs=[
+                TopLogprob(
+                    token=self._model.tokenizer.token_text(token_id),
+                    logprob=shown_logprob(logprob),
+                    bytes=list(self._model.token_bytes(token_id)),
+                )
+                for token_id, logprob in alternatives
+            ],
+        )
+
 
 class ChatChoiceText(ChoiceText):
     """A choice of a chat completion."""
@@ -239,24 +257,6 @@ class ChatChoiceText(ChoiceText):
 
     def _logprobs(self, records: Sequence[_TokenRecord]) -> ChatLogprobs:
         return ChatLogprobs(content=[self._token_logprob(record.event) for record in records])
-
-    def _token_logprob(self, event: TokenEvent) -> TokenLogprob:
-        top = event.top_tokens
-        count = self._request.sampling.top_n_tokens
-        alternatives = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
-        return TokenLogprob(
-            token=self._model.tokenizer.token_text(event.token_id),
-            logprob=shown_logprob(event.logprob),
-            bytes=list(self._model.token_bytes(event.token_id)),
-            top_logprobs=[
-                TopLogprob(
-                    token=self._model.tokenizer.token_text(token_id),
-                    logprob=shown_logprob(logprob),
-                    bytes=list(self._model.token_bytes(token_id)),
-                )
-                for token_id, logprob in alternatives
-            ],
-        )
 
 
 class CompletionChoiceText(ChoiceText):

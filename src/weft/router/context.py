@@ -8,8 +8,10 @@ from weft.config import Settings
 from weft.core.clock import Clock
 from weft.router.admission import Admission
 from weft.router.backend import Backend, BackendProbe
+from weft.router.exchange import Exchange
 from weft.router.lifecycle import Lifecycle
 from weft.router.served import ServedModel
+from weft.router.store import LiveResponse, ResponseStore
 from weft.router.stream import StreamWatch
 from weft.telemetry.metrics import Registry
 
@@ -32,6 +34,12 @@ class RouterContext:
     version: str = weft.__version__
     openapi: Callable[[], bytes] = bytes
     """The OpenAPI document; `build_app` says how it is made."""
+    account: Callable[[Exchange], None] = field(init=False)
+    """Counts a generation that outlived its request; `build_app` sets it."""
+    live_responses: dict[str, LiveResponse] = field(default_factory=dict)
+    """Responses that are being generated here and can be asked for, by id."""
+    responses: ResponseStore | None = field(init=False)
+    """Where they are kept; None: nowhere."""
     num_connections: Callable[[], int] = lambda: 0
     """Open HTTP connections, as the server counts them."""
 
@@ -40,6 +48,7 @@ class RouterContext:
         self.admission = Admission(self.settings.max_concurrent_requests)
         self.probe = BackendProbe(self.backend, self.clock)
         self.streams = StreamWatch(self.clock, self.metrics)
+        self.responses = ResponseStore.from_settings(self.settings)
 
     def known_model(self) -> ServedModel:
         """The model, also while its shards restart or the server drains. Raises NotReadyError before it is known."""

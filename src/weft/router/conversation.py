@@ -14,7 +14,7 @@ from weft.router.chat_prompt import render_chat
 from weft.router.context import RouterContext
 from weft.router.exchange import Exchange, RawHeaders
 from weft.router.request_origin import origin_of
-from weft.router.schemas_openai import ChatRequest
+from weft.router.schemas_openai import ChatRequest, CompletionTokensDetails, PromptTokensDetails, Usage
 from weft.router.served import ServedModel
 from weft.router.validate import Checked, build_requests, check_chat, check_prompt_chars, fit_openai
 
@@ -88,6 +88,17 @@ def compute_headers(context: RouterContext, num_chars: int) -> RawHeaders:
         (b"x-compute-type", context.compute_type.encode("latin-1")),
         (b"x-compute-characters", b"%d" % num_chars),
     ]
+
+
+def counted(exchange: Exchange, num_prompt_tokens: int, num_completion_tokens: int) -> Usage:
+    """What every dialect reports, streamed or not. Models that reason apart do not exist here yet."""
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        total_tokens=num_prompt_tokens + num_completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=min(exchange.num_cached_tokens, num_prompt_tokens)),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
+    )
 
 
 @contextmanager

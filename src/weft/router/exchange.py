@@ -81,6 +81,8 @@ class Exchange:
     error: RequestError | None = None
     end_stream: Callable[[RequestError], Awaitable[None]] | None = None
     """Set while an event stream is open: how it says that it failed."""
+    generates_later: bool = False
+    """Its generation goes on behind the answer and is accounted for when it ends."""
     is_complete: bool = False
     """The last byte of the answer is on its way: what the client does now changes nothing."""
 

@@ -140,6 +140,8 @@ class RouterProcess:
         threading.Thread(target=self._read_launcher, args=(loop,), daemon=True).start()
         await self._server.serve(sockets=[listener])
         await self._end_streams()
+        if self._context.responses is not None:
+            await self._context.responses.close()
         return self._exit_code
 
     # --- what the launcher says -----------------------------------------------------------------------------------

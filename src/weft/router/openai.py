@@ -12,7 +12,7 @@ from weft.errors import ValidationError
 from weft.router.body import decode
 from weft.router.choices import ChatChoiceText, ChoiceText, CompletionChoiceText
 from weft.router.context import RouterContext
-from weft.router.conversation import compute_headers, encode, prepare
+from weft.router.conversation import compute_headers, counted, encode, prepare
 from weft.router.error_replies import openai_end_frames
 from weft.router.exchange import Exchange, RawHeaders
 from weft.router.generation import Generation, timing_headers
@@ -23,10 +23,8 @@ from weft.router.schemas_openai import (
     ChatRequest,
     Completion,
     CompletionRequest,
-    CompletionTokensDetails,
     Model,
     ModelList,
-    PromptTokensDetails,
     SamplingFields,
     Usage,
 )
@@ -253,11 +251,4 @@ async def _stream(context: RouterContext, exchange: Exchange, job: _Job) -> None
 
 
 def _usage(exchange: Exchange, job: _Job) -> Usage:
-    num_completion_tokens = sum(choice.num_shown_tokens for choice in job.choices)
-    return Usage(
-        prompt_tokens=job.num_prompt_tokens,
-        completion_tokens=num_completion_tokens,
-        total_tokens=job.num_prompt_tokens + num_completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=min(exchange.num_cached_tokens, job.num_prompt_tokens)),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
-    )
+    return counted(exchange, job.num_prompt_tokens, sum(choice.num_shown_tokens for choice in job.choices))

@@ -29,7 +29,7 @@ _EVENT_STREAM = "text/event-stream"
 _ERRORS: Sequence[tuple[int, str]] = (
     (400, "The body is no JSON, or a value is not allowed"),
     (401, "The API key is missing or wrong"),
-    (404, "There is no such model"),
+    (404, "There is no such model or thing"),
     (408, "The body came too slowly"),
     (413, "The body is larger than --payload-limit"),
     (415, "The content type is not JSON"),
@@ -41,6 +41,8 @@ _ERRORS: Sequence[tuple[int, str]] = (
 )
 _NATIVE_ONLY = frozenset({422, 424})
 _ON_ALL_ROUTES = frozenset({401, 503})
+_ON_THINGS = frozenset({400, 404, 500})
+"""Of routes without a body whose path names something that may be missing or in the wrong state."""
 
 
 async def document(context: RouterContext, exchange: Exchange) -> None:
@@ -104,16 +106,29 @@ def _operation(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
         "security": [{}, {"key": []}] if route.access is Access.USER else [{}],
     }
     names = [part.partition("}")[0].partition(":")[0] for part in route.path.split("{")[1:]]
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    parameters: list[JsonValue] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+    ]
+    if route.query is not None:
+        parameters += _query_parameters(route.query)
+    if parameters:
+        operation["parameters"] = parameters
     if route.body is not None:
         media: JsonObject = {"schema": _any_of(route.body, schema_of)}
         if route.example is not None:
             media["example"] = dict(route.example)
         operation["requestBody"] = {"required": True, "content": {"application/json": media}}
     return operation
+
+
+def _query_parameters(query: type[msgspec.Struct]) -> list[JsonValue]:
+    """Each field as a parameter. A query has no null, so that alternative is left out."""
+    components = msgspec.json.schema_components([query], ref_template=_REFERENCE)[1]
+    shown: list[JsonValue] = []
+    for name, described in components[query.__name__]["properties"].items():
+        [schema] = [kind for kind in described["anyOf"] if kind != {"type": "null"}]
+        shown.append({"name": name, "in": "query", "description": described.get("description", ""), "schema": schema})
+    return shown
 
 
 def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
@@ -130,8 +145,11 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
     responses: JsonObject = {"200": answer}
     is_openai = dialect_of(route.path) is Dialect.OPENAI
     error_schema = schema_of[repr(OpenAIError if is_openai else ErrorResponse)]
+    expected = _ON_ALL_ROUTES if route.body is None else frozenset(status for status, _ in _ERRORS)
+    if route.body is None and "{" in route.path:
+        expected |= _ON_THINGS
     for status, text in _ERRORS:
-        if status not in _ON_ALL_ROUTES and (route.body is None or (is_openai and status in _NATIVE_ONLY)):
+        if status not in expected or (is_openai and status in _NATIVE_ONLY):
             continue
         responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error_schema}}}
     return responses

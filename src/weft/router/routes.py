@@ -47,6 +47,8 @@ class Route:
     answer_type: str = "application/json"
     event: type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] | None = None
     """What each event carries when the answer may be a stream."""
+    query: type[msgspec.Struct] | None = None
+    """What a GET reads from its query."""
     generates: bool = False
     """Counts in the request metrics and waits for a place."""
     example: Mapping[str, JsonValue] | None = None

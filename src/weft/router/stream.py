@@ -39,6 +39,11 @@ def frame(value: object) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
+def named_frame(name: str, value: object) -> bytes:
+    """One event that says its name, too."""
+    return b"event: " + name.encode() + b"\ndata: " + encode_json(value) + b"\n\n"
+
+
 class EventStream:
     """One open stream. `open` it when the first event exists, so that earlier failures have a status of their own."""
 
