@@ -56,6 +56,16 @@ class EngineStats:
     step_prefill_rows: int = 0
     step_tokens: int = 0
     step_elapsed_ns: int = 0
+    step_starts: int = 0
+    """Sequences that took a slot in the step."""
+    step_plan_ns: int = 0
+    """Making the plan."""
+    step_apply_ns: int = 0
+    """Turning the result into events."""
+    num_failed_steps: int = 0
+    """Steps that raised instead of yielding tokens."""
+    oldest_waiting_ns: int = 0
+    """How long the request at the head of the queue has been waiting; 0 = nobody waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

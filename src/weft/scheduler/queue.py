@@ -64,6 +64,11 @@ class WaitingQueue:
             yield from tuple(self._classes[-negated].values())
 
     @property
+    def oldest_added_ns(self) -> int | None:
+        """Arrival of the oldest sequence at the head of a priority; None: nobody waits."""
+        return min((next(iter(members.values())).added_ns for members in self._classes.values()), default=None)
+
+    @property
     def is_full(self) -> bool:
         """No request that never ran may come in. Preempted sequences do not take places."""
         return self._num_waiting - self._num_preempted >= self._max_requests

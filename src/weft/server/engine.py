@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -55,6 +55,15 @@ _Message = _Add | _Abort | _ClearCache
 class _OpenStep:
     plan: StepPlan
     result: Future[StepResult]
+    plan_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _ClosedStep:
+    num_starts: int
+    plan_ns: int
+    elapsed_ns: int
+    apply_ns: int
 
 
 class Engine:
@@ -82,6 +91,7 @@ class Engine:
         self._is_stopping = False
         self._open_steps: deque[_OpenStep] = deque()
         self._num_steps = 0
+        self._num_failed_steps = 0
         self._progress_ns = clock.now_ns()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -142,9 +152,11 @@ class Engine:
         self._read_inbox()
         if self._is_stopping and not self._open_steps:
             return False
-        plan = None if self._is_stopping else self._scheduler.plan_step(self._clock.now_ns())
+        started_ns = self._clock.now_ns()
+        plan = None if self._is_stopping else self._scheduler.plan_step(started_ns)
         if plan is not None:
-            self._open_steps.append(_OpenStep(plan, self._executor.submit(plan)))
+            plan_ns = self._clock.now_ns() - started_ns
+            self._open_steps.append(_OpenStep(plan, self._executor.submit(plan), plan_ns))
         self._publish_events(self._scheduler.take_events())
         if len(self._open_steps) == self._max_open_steps or (plan is None and self._open_steps):
             self._finish_oldest_step()
@@ -163,12 +175,19 @@ class Engine:
             log.exception("engine.step_failed", step_id=step.plan.step_id, num_rows=step.plan.num_rows)
         self._progress_ns = now_ns = self._clock.now_ns()
         if result is None:
+            self._num_failed_steps += 1
             message = "Request failed during generation: the step that computed it failed"
             events = self._scheduler.fail_rows(step.plan, GenerationError.code, message)
         else:
             events = self._scheduler.apply(step.plan, result, now_ns)
         self._num_steps += 1
-        self._publish(events, self._stats_after(step.plan, result))
+        closed = _ClosedStep(
+            num_starts=len(step.plan.starts),
+            plan_ns=step.plan_ns,
+            elapsed_ns=0 if result is None else result.elapsed_ns,
+            apply_ns=self._clock.now_ns() - now_ns,
+        )
+        self._publish(events, self._stats_after(closed))
 
     def _read_inbox(self) -> None:
         with self._inbox_changed:
@@ -199,25 +218,34 @@ class Engine:
 
     def _publish_events(self, events: Sequence[Event]) -> None:
         if events:
-            self._publish(events, self._stats_after(None, None))
+            self._publish(events, self._stats_after(None))
 
-    def _stats_after(self, plan: StepPlan | None, result: StepResult | None) -> EngineStats:
+    def _stats_after(self, step: _ClosedStep | None) -> EngineStats:
+        """The engine's state; what a step took is said once, right behind it."""
         stats = self._scheduler.stats()
-        num_rows = 0 if plan is None else plan.num_rows
-        total_tokens = 0 if plan is None else plan.total_tokens
-        decode_rows = 0 if plan is None else sum(1 for count in plan.num_tokens if count == 1)
-        return EngineStats(
+        oldest_ns = self._scheduler.queue.oldest_added_ns
+        state = EngineStats(
             num_steps=self._num_steps,
+            num_failed_steps=self._num_failed_steps,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
+            oldest_waiting_ns=0 if oldest_ns is None else max(self._clock.now_ns() - oldest_ns, 1),
             used_blocks=stats.used_blocks,
             cached_blocks=stats.cached_blocks,
             total_blocks=stats.total_blocks,
             num_preemptions=stats.num_preemptions,
             prefix_hit_tokens=stats.prefix_hit_tokens,
             prefix_query_tokens=stats.prefix_query_tokens,
-            step_decode_rows=decode_rows,
-            step_prefill_rows=num_rows - decode_rows,
-            step_tokens=total_tokens,
-            step_elapsed_ns=0 if result is None else result.elapsed_ns,
+        )
+        if step is None:
+            return state
+        return replace(
+            state,
+            step_decode_rows=stats.step_decode_rows,
+            step_prefill_rows=stats.step_prefill_rows,
+            step_tokens=stats.step_tokens,
+            step_starts=step.num_starts,
+            step_plan_ns=step.plan_ns,
+            step_elapsed_ns=step.elapsed_ns,
+            step_apply_ns=step.apply_ns,
         )

@@ -186,6 +186,9 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             by_stream.setdefault(owner, []).append(event)
             if isinstance(event, FailureEvent) or event.finish_reason is not None:
                 self._forget(event.request_id)
+        if stats.step_tokens and not by_stream:
+            # A step of nothing but prompt tokens: who waits for them counts it all the same.
+            by_stream = {stream: [] for stream in self._owners.values()}
         for stream, own_events in by_stream.items():
             if not stream.put(own_events, stats):
                 self._drop_slow_stream(stream)

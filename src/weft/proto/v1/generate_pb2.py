@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cweft/proto/v1/generate.proto\x12\x07weft.v1\"W\n\x0b\x43lientFrame\x12\x1f\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x10.weft.v1.RequestH\x00\x12\x1f\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x0e.weft.v1.AbortH\x00\x42\x06\n\x04kind\"\x1b\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"\xe4\x01\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x03 \x03(\r\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.weft.v1.Sampling\x12\x1b\n\x04stop\x18\x05 \x01(\x0b\x32\r.weft.v1.Stop\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x16\n\x0e\x64\x65\x61\x64line_in_ns\x18\x07 \x01(\x04\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x14\n\x0ctrace_parent\x18\t \x01(\t\"\xa2\x03\n\x08Sampling\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x06\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x11\n\ttypical_p\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x01\x12,\n\rpenalty_style\x18\x0b \x01(\x0e\x32\x15.weft.v1.PenaltyStyle\x12\x16\n\x0elogit_bias_ids\x18\x0c \x03(\r\x12\x19\n\x11logit_bias_values\x18\r \x03(\x01\x12\x11\n\twatermark\x18\x0e \x01(\x08\x12,\n\rlogprob_style\x18\x0f \x01(\x0e\x32\x15.weft.v1.LogprobStyle\x12\x14\n\x0ctop_n_tokens\x18\x10 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x08\"a\n\x04Stop\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\"\xfd\x01\n\x0bServerFrame\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x06\x12\x15\n\rtoken_indices\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12-\n\x0e\x66inish_reasons\x18\x05 \x03(\x0e\x32\x15.weft.v1.FinishReason\x12%\n\x07\x64\x65tails\x18\x06 \x03(\x0b\x32\x14.weft.v1.TokenDetail\x12\"\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x10.weft.v1.Failure\x12#\n\x05stats\x18\x08 \x01(\x0b\x32\x14.weft.v1.EngineStats\"p\n\x0bTokenDetail\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x12%\n\x06prompt\x18\x04 \x01(\x0b\x32\x15.weft.v1.PromptReport\"q\n\x0cPromptReport\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x1b\n\x13has_prompt_logprobs\x18\x03 \x01(\x08\x12\x17\n\x0fprompt_logprobs\x18\x04 \x03(\x02\"<\n\x07\x46\x61ilure\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xc0\x02\n\x0b\x45ngineStats\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x13\n\x0bused_blocks\x18\x04 \x01(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\t \x01(\x04\x12\x18\n\x10step_decode_rows\x18\n \x01(\r\x12\x19\n\x11step_prefill_rows\x18\x0b \x01(\r\x12\x13\n\x0bstep_tokens\x18\x0c \x01(\r\x12\x17\n\x0fstep_elapsed_ns\x18\r \x01(\x04\"\r\n\x0bInfoRequest\"\xd5\x04\n\x0cInfoResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x08 \x01(\t\x12\x12\n\nkernel_set\x18\t \x01(\t\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x18\n\x10max_total_tokens\x18\x0b \x01(\r\x12 \n\x18max_batch_prefill_tokens\x18\x0c \x01(\r\x12\x1e\n\x16max_batch_total_tokens\x18\r \x01(\r\x12\x19\n\x11max_num_sequences\x18\x0e \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x0f \x01(\r\x12\x12\n\nnum_blocks\x18\x10 \x01(\r\x12\x15\n\rweights_bytes\x18\x11 \x01(\x04\x12\x15\n\rkv_pool_bytes\x18\x12 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x13 \x01(\x04\x12\x12\n\nfree_bytes\x18\x14 \x01(\x04\x12\x16\n\x0eprefix_caching\x18\x15 \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\x16 \x01(\x08\x12\x12\n\nworld_size\x18\x17 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x18 \x01(\t\x12\"\n\x06phases\x18\x19 \x03(\x0b\x32\x12.weft.v1.PhaseTime\"*\n\tPhaseTime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x0f\n\rHealthRequest\"6\n\x0eHealthResponse\x12\x10\n\x08is_ready\x18\x01 \x01(\x08\x12\x12\n\nstalled_ns\x18\x02 \x01(\x04\"\x19\n\x17ServiceDiscoveryRequest\"(\n\x18ServiceDiscoveryResponse\x12\x0c\n\x04urls\x18\x01 \x03(\t\"\x0f\n\rWarmupRequest\"!\n\x0eWarmupResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\x13\n\x11\x43learCacheRequest\"*\n\x12\x43learCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r*?\n\x0cPenaltyStyle\x12\x15\n\x11PENALTY_STYLE_TGI\x10\x00\x12\x18\n\x14PENALTY_STYLE_OPENAI\x10\x01*B\n\x0cLogprobStyle\x12\x1b\n\x17LOGPROB_STYLE_PROCESSED\x10\x00\x12\x15\n\x11LOGPROB_STYLE_RAW\x10\x01*\x97\x01\n\x0c\x46inishReason\x12\x16\n\x12\x46INISH_REASON_NONE\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1b\n\x17\x46INISH_REASON_EOS_TOKEN\x10\x02\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x03\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x04\x32\x93\x03\n\nGeneration\x12:\n\x08Generate\x12\x14.weft.v1.ClientFrame\x1a\x14.weft.v1.ServerFrame(\x01\x30\x01\x12\x33\n\x04Info\x12\x14.weft.v1.InfoRequest\x1a\x15.weft.v1.InfoResponse\x12\x39\n\x06Health\x12\x16.weft.v1.HealthRequest\x1a\x17.weft.v1.HealthResponse\x12W\n\x10ServiceDiscovery\x12 .weft.v1.ServiceDiscoveryRequest\x1a!.weft.v1.ServiceDiscoveryResponse\x12\x39\n\x06Warmup\x12\x16.weft.v1.WarmupRequest\x1a\x17.weft.v1.WarmupResponse\x12\x45\n\nClearCache\x12\x1a.weft.v1.ClearCacheRequest\x1a\x1b.weft.v1.ClearCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cweft/proto/v1/generate.proto\x12\x07weft.v1\"W\n\x0b\x43lientFrame\x12\x1f\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x10.weft.v1.RequestH\x00\x12\x1f\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x0e.weft.v1.AbortH\x00\x42\x06\n\x04kind\"\x1b\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\"\xe4\x01\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x03 \x03(\r\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.weft.v1.Sampling\x12\x1b\n\x04stop\x18\x05 \x01(\x0b\x32\r.weft.v1.Stop\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x16\n\x0e\x64\x65\x61\x64line_in_ns\x18\x07 \x01(\x04\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x14\n\x0ctrace_parent\x18\t \x01(\t\"\xa2\x03\n\x08Sampling\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x06\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x11\n\ttypical_p\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x01\x12,\n\rpenalty_style\x18\x0b \x01(\x0e\x32\x15.weft.v1.PenaltyStyle\x12\x16\n\x0elogit_bias_ids\x18\x0c \x03(\r\x12\x19\n\x11logit_bias_values\x18\r \x03(\x01\x12\x11\n\twatermark\x18\x0e \x01(\x08\x12,\n\rlogprob_style\x18\x0f \x01(\x0e\x32\x15.weft.v1.LogprobStyle\x12\x14\n\x0ctop_n_tokens\x18\x10 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x08\"a\n\x04Stop\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\"\xfd\x01\n\x0bServerFrame\x12\x13\n\x0brequest_ids\x18\x01 \x03(\x06\x12\x15\n\rtoken_indices\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12-\n\x0e\x66inish_reasons\x18\x05 \x03(\x0e\x32\x15.weft.v1.FinishReason\x12%\n\x07\x64\x65tails\x18\x06 \x03(\x0b\x32\x14.weft.v1.TokenDetail\x12\"\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x10.weft.v1.Failure\x12#\n\x05stats\x18\x08 \x01(\x0b\x32\x14.weft.v1.EngineStats\"p\n\x0bTokenDetail\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\x12%\n\x06prompt\x18\x04 \x01(\x0b\x32\x15.weft.v1.PromptReport\"q\n\x0cPromptReport\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x1b\n\x13has_prompt_logprobs\x18\x03 \x01(\x08\x12\x17\n\x0fprompt_logprobs\x18\x04 \x03(\x02\"<\n\x07\x46\x61ilure\x12\x12\n\nrequest_id\x18\x01 \x01(\x06\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xb7\x03\n\x0b\x45ngineStats\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x13\n\x0bused_blocks\x18\x04 \x01(\r\x12\x15\n\rcached_blocks\x18\x05 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_preemptions\x18\x07 \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x04\x12\x1b\n\x13prefix_query_tokens\x18\t \x01(\x04\x12\x18\n\x10step_decode_rows\x18\n \x01(\r\x12\x19\n\x11step_prefill_rows\x18\x0b \x01(\r\x12\x13\n\x0bstep_tokens\x18\x0c \x01(\r\x12\x17\n\x0fstep_elapsed_ns\x18\r \x01(\x04\x12\x13\n\x0bstep_starts\x18\x0e \x01(\r\x12\x14\n\x0cstep_plan_ns\x18\x0f \x01(\x04\x12\x15\n\rstep_apply_ns\x18\x10 \x01(\x04\x12\x18\n\x10num_failed_steps\x18\x11 \x01(\x04\x12\x19\n\x11oldest_waiting_ns\x18\x12 \x01(\x04\"\r\n\x0bInfoRequest\"\xd5\x04\n\x0cInfoResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x16\n\x0enum_parameters\x18\x04 \x01(\x04\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x08 \x01(\t\x12\x12\n\nkernel_set\x18\t \x01(\t\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\x18\n\x10max_total_tokens\x18\x0b \x01(\r\x12 \n\x18max_batch_prefill_tokens\x18\x0c \x01(\r\x12\x1e\n\x16max_batch_total_tokens\x18\r \x01(\r\x12\x19\n\x11max_num_sequences\x18\x0e \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x0f \x01(\r\x12\x12\n\nnum_blocks\x18\x10 \x01(\r\x12\x15\n\rweights_bytes\x18\x11 \x01(\x04\x12\x15\n\rkv_pool_bytes\x18\x12 \x01(\x04\x12\x18\n\x10\x61\x63tivation_bytes\x18\x13 \x01(\x04\x12\x12\n\nfree_bytes\x18\x14 \x01(\x04\x12\x16\n\x0eprefix_caching\x18\x15 \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\x16 \x01(\x08\x12\x12\n\nworld_size\x18\x17 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x18 \x01(\t\x12\"\n\x06phases\x18\x19 \x03(\x0b\x32\x12.weft.v1.PhaseTime\"*\n\tPhaseTime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"\x0f\n\rHealthRequest\"6\n\x0eHealthResponse\x12\x10\n\x08is_ready\x18\x01 \x01(\x08\x12\x12\n\nstalled_ns\x18\x02 \x01(\x04\"\x19\n\x17ServiceDiscoveryRequest\"(\n\x18ServiceDiscoveryResponse\x12\x0c\n\x04urls\x18\x01 \x03(\t\"\x0f\n\rWarmupRequest\"!\n\x0eWarmupResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\x13\n\x11\x43learCacheRequest\"*\n\x12\x43learCacheResponse\x12\x14\n\x0c\x66reed_blocks\x18\x01 \x01(\r*?\n\x0cPenaltyStyle\x12\x15\n\x11PENALTY_STYLE_TGI\x10\x00\x12\x18\n\x14PENALTY_STYLE_OPENAI\x10\x01*B\n\x0cLogprobStyle\x12\x1b\n\x17LOGPROB_STYLE_PROCESSED\x10\x00\x12\x15\n\x11LOGPROB_STYLE_RAW\x10\x01*\x97\x01\n\x0c\x46inishReason\x12\x16\n\x12\x46INISH_REASON_NONE\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1b\n\x17\x46INISH_REASON_EOS_TOKEN\x10\x02\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x03\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x04\x32\x93\x03\n\nGeneration\x12:\n\x08Generate\x12\x14.weft.v1.ClientFrame\x1a\x14.weft.v1.ServerFrame(\x01\x30\x01\x12\x33\n\x04Info\x12\x14.weft.v1.InfoRequest\x1a\x15.weft.v1.InfoResponse\x12\x39\n\x06Health\x12\x16.weft.v1.HealthRequest\x1a\x17.weft.v1.HealthResponse\x12W\n\x10ServiceDiscovery\x12 .weft.v1.ServiceDiscoveryRequest\x1a!.weft.v1.ServiceDiscoveryResponse\x12\x39\n\x06Warmup\x12\x16.weft.v1.WarmupRequest\x1a\x17.weft.v1.WarmupResponse\x12\x45\n\nClearCache\x12\x1a.weft.v1.ClearCacheRequest\x1a\x1b.weft.v1.ClearCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.proto.v1.generate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PENALTYSTYLE']._serialized_start=2698
-  _globals['_PENALTYSTYLE']._serialized_end=2761
-  _globals['_LOGPROBSTYLE']._serialized_start=2763
-  _globals['_LOGPROBSTYLE']._serialized_end=2829
-  _globals['_FINISHREASON']._serialized_start=2832
-  _globals['_FINISHREASON']._serialized_end=2983
+  _globals['_PENALTYSTYLE']._serialized_start=2817
+  _globals['_PENALTYSTYLE']._serialized_end=2880
+  _globals['_LOGPROBSTYLE']._serialized_start=2882
+  _globals['_LOGPROBSTYLE']._serialized_end=2948
+  _globals['_FINISHREASON']._serialized_start=2951
+  _globals['_FINISHREASON']._serialized_end=3102
   _globals['_CLIENTFRAME']._serialized_start=41
   _globals['_CLIENTFRAME']._serialized_end=128
   _globals['_ABORT']._serialized_start=130
@@ -56,29 +56,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE']._serialized_start=1395
   _globals['_FAILURE']._serialized_end=1455
   _globals['_ENGINESTATS']._serialized_start=1458
-  _globals['_ENGINESTATS']._serialized_end=1778
-  _globals['_INFOREQUEST']._serialized_start=1780
-  _globals['_INFOREQUEST']._serialized_end=1793
-  _globals['_INFORESPONSE']._serialized_start=1796
-  _globals['_INFORESPONSE']._serialized_end=2393
-  _globals['_PHASETIME']._serialized_start=2395
-  _globals['_PHASETIME']._serialized_end=2437
-  _globals['_HEALTHREQUEST']._serialized_start=2439
-  _globals['_HEALTHREQUEST']._serialized_end=2454
-  _globals['_HEALTHRESPONSE']._serialized_start=2456
-  _globals['_HEALTHRESPONSE']._serialized_end=2510
-  _globals['_SERVICEDISCOVERYREQUEST']._serialized_start=2512
-  _globals['_SERVICEDISCOVERYREQUEST']._serialized_end=2537
-  _globals['_SERVICEDISCOVERYRESPONSE']._serialized_start=2539
-  _globals['_SERVICEDISCOVERYRESPONSE']._serialized_end=2579
-  _globals['_WARMUPREQUEST']._serialized_start=2581
-  _globals['_WARMUPREQUEST']._serialized_end=2596
-  _globals['_WARMUPRESPONSE']._serialized_start=2598
-  _globals['_WARMUPRESPONSE']._serialized_end=2631
-  _globals['_CLEARCACHEREQUEST']._serialized_start=2633
-  _globals['_CLEARCACHEREQUEST']._serialized_end=2652
-  _globals['_CLEARCACHERESPONSE']._serialized_start=2654
-  _globals['_CLEARCACHERESPONSE']._serialized_end=2696
-  _globals['_GENERATION']._serialized_start=2986
-  _globals['_GENERATION']._serialized_end=3389
+  _globals['_ENGINESTATS']._serialized_end=1897
+  _globals['_INFOREQUEST']._serialized_start=1899
+  _globals['_INFOREQUEST']._serialized_end=1912
+  _globals['_INFORESPONSE']._serialized_start=1915
+  _globals['_INFORESPONSE']._serialized_end=2512
+  _globals['_PHASETIME']._serialized_start=2514
+  _globals['_PHASETIME']._serialized_end=2556
+  _globals['_HEALTHREQUEST']._serialized_start=2558
+  _globals['_HEALTHREQUEST']._serialized_end=2573
+  _globals['_HEALTHRESPONSE']._serialized_start=2575
+  _globals['_HEALTHRESPONSE']._serialized_end=2629
+  _globals['_SERVICEDISCOVERYREQUEST']._serialized_start=2631
+  _globals['_SERVICEDISCOVERYREQUEST']._serialized_end=2656
+  _globals['_SERVICEDISCOVERYRESPONSE']._serialized_start=2658
+  _globals['_SERVICEDISCOVERYRESPONSE']._serialized_end=2698
+  _globals['_WARMUPREQUEST']._serialized_start=2700
+  _globals['_WARMUPREQUEST']._serialized_end=2715
+  _globals['_WARMUPRESPONSE']._serialized_start=2717
+  _globals['_WARMUPRESPONSE']._serialized_end=2750
+  _globals['_CLEARCACHEREQUEST']._serialized_start=2752
+  _globals['_CLEARCACHEREQUEST']._serialized_end=2771
+  _globals['_CLEARCACHERESPONSE']._serialized_start=2773
+  _globals['_CLEARCACHERESPONSE']._serialized_end=2815
+  _globals['_GENERATION']._serialized_start=3105
+  _globals['_GENERATION']._serialized_end=3508
 # @@protoc_insertion_point(module_scope)

@@ -440,6 +440,11 @@ class EngineStats(_message.Message):
     STEP_PREFILL_ROWS_FIELD_NUMBER: _builtins.int
     STEP_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_ELAPSED_NS_FIELD_NUMBER: _builtins.int
+    STEP_STARTS_FIELD_NUMBER: _builtins.int
+    STEP_PLAN_NS_FIELD_NUMBER: _builtins.int
+    STEP_APPLY_NS_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_STEPS_FIELD_NUMBER: _builtins.int
+    OLDEST_WAITING_NS_FIELD_NUMBER: _builtins.int
     num_steps: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
@@ -454,6 +459,15 @@ class EngineStats(_message.Message):
     step_prefill_rows: _builtins.int
     step_tokens: _builtins.int
     step_elapsed_ns: _builtins.int
+    step_starts: _builtins.int
+    """Sequences that took a slot in the step."""
+    step_plan_ns: _builtins.int
+    """Making the plan; turning the result into events."""
+    step_apply_ns: _builtins.int
+    num_failed_steps: _builtins.int
+    """Steps that raised instead of yielding tokens."""
+    oldest_waiting_ns: _builtins.int
+    """How long the request at the head of the queue has been waiting; 0 = nobody waits."""
     def __init__(
         self,
         *,
@@ -470,10 +484,15 @@ class EngineStats(_message.Message):
         step_prefill_rows: _builtins.int = ...,
         step_tokens: _builtins.int = ...,
         step_elapsed_ns: _builtins.int = ...,
+        step_starts: _builtins.int = ...,
+        step_plan_ns: _builtins.int = ...,
+        step_apply_ns: _builtins.int = ...,
+        num_failed_steps: _builtins.int = ...,
+        oldest_waiting_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "step_decode_rows", b"step_decode_rows", "step_elapsed_ns", b"step_elapsed_ns", "step_prefill_rows", b"step_prefill_rows", "step_tokens", b"step_tokens", "total_blocks", b"total_blocks", "used_blocks", b"used_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "num_failed_steps", b"num_failed_steps", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "oldest_waiting_ns", b"oldest_waiting_ns", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_query_tokens", b"prefix_query_tokens", "step_apply_ns", b"step_apply_ns", "step_decode_rows", b"step_decode_rows", "step_elapsed_ns", b"step_elapsed_ns", "step_plan_ns", b"step_plan_ns", "step_prefill_rows", b"step_prefill_rows", "step_starts", b"step_starts", "step_tokens", b"step_tokens", "total_blocks", b"total_blocks", "used_blocks", b"used_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
