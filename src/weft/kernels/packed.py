@@ -22,6 +22,8 @@ class PackedLinear:
     in_features: int
     dtype: torch.dtype
     """Of the original weight and of the activations that it multiplies."""
+    scales: torch.Tensor | None = None
+    """What a layout keeps beside `data`; most keep nothing."""
 
     @classmethod
     def of_rows(cls, weight: torch.Tensor) -> Self:
@@ -39,5 +41,4 @@ class PackedLinear:
     @property
     def num_bytes(self) -> int:
         """Memory held by weight and bias."""
-        bias_bytes = 0 if self.bias is None else self.bias.nbytes
-        return self.data.nbytes + bias_bytes
+        return sum(part.nbytes for part in (self.data, self.bias, self.scales) if part is not None)

@@ -17,7 +17,7 @@ class Recorder(Protocol):
     """Told of every operation, in order, after it ran."""
 
     def record(
-        self, implementation: Implementation, arguments: tuple[Any, ...], options: dict[str, Any], result: Any
+        self, implementation: Implementation, arguments: tuple[object, ...], options: dict[str, object], result: object
     ) -> None:
         """`arguments` and `options` as the implementation got them; tensors changed in place are in their new state."""
         ...
@@ -42,7 +42,7 @@ def observed(implementation: Implementation) -> Callable[..., Any]:
     return implementation.function if recorder is None else partial(_run_and_tell, recorder, implementation)
 
 
-def _run_and_tell(recorder: Recorder, implementation: Implementation, *arguments: Any, **options: Any) -> Any:
+def _run_and_tell(recorder: Recorder, implementation: Implementation, *arguments: object, **options: object) -> object:
     result = implementation.function(*arguments, **options)
     recorder.record(implementation, arguments, options, result)
     return result

@@ -97,8 +97,9 @@ WEFT_EXPORT int64_t weft_take_rows(const void* x, int64_t stride, int64_t rows_o
   return 0;
 }
 
-// Place of a layout of packed weights in this library, or -1 when it has none of that name.
-WEFT_EXPORT int32_t weft_find_layout(const char* name) { return find_layout(name); }
+// Place of a layout of packed weights in this library, or -1 when it has none of that name that can be multiplied by,
+// or that rows can be looked up in.
+WEFT_EXPORT int32_t weft_find_layout(const char* name, int32_t as_table) { return find_layout(name, as_table != 0); }
 
 // Sizes of Instruction and Step, for a comparison with their mirrors.
 WEFT_EXPORT int64_t weft_instruction_bytes() { return sizeof(Instruction); }

@@ -17,16 +17,22 @@ void look_up_panels(const PackedWeight& w, const int32_t* ids, int64_t count, vo
   embedding(ids, sizeof(int32_t), count, static_cast<const uint8_t*>(w.data), w.in_features, w.dtype, out);
 }
 
+void look_up_rows(const PackedWeight& w, const int32_t* ids, int64_t count, void* out) {
+  take_rows(w.data, w.in_features, ids, count, w.in_features, w.dtype, out);
+}
+
 constexpr Layout kLayouts[] = {
     {"panels", multiply_panels, look_up_panels},
+    {"rows", nullptr, look_up_rows},
 };
 
 }  // namespace
 
-int32_t find_layout(const char* name) {
+int32_t find_layout(const char* name, bool as_table) {
   int32_t place = 0;
   for (const Layout& layout : kLayouts) {
-    if (std::strcmp(layout.name, name) == 0) return place;
+    const bool serves = as_table ? layout.embedding != nullptr : layout.linear != nullptr;
+    if (serves && std::strcmp(layout.name, name) == 0) return place;
     ++place;
   }
   return -1;

@@ -20,13 +20,14 @@ struct LinearRows {
 
 struct Layout {
   const char* name;  // `PackedLinear.layout`
+  // nullptr: a table only.
   void (*linear)(const PackedWeight& weight, const LinearRows& rows);
-  // Rows of the original weight, in its dtype. nullptr: the layout is no table to look rows up in.
+  // Rows of the original weight, in its dtype. nullptr: no table to look rows up in.
   void (*embedding)(const PackedWeight& weight, const int32_t* ids, int64_t count, void* out);
 };
 
-// Place of a layout in the table, or -1.
-int32_t find_layout(const char* name);
+// Place of a layout in the table, or -1 when there is none of that name, or none that rows can be looked up in.
+int32_t find_layout(const char* name, bool as_table);
 const Layout& layout_at(int32_t place);
 
 }  // namespace weft

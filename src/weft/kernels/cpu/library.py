@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "weft_scale_rows": (None, (_POINTER, _CODE, _FLOAT, _SIZE, _SIZE)),
     "weft_take_rows": (_SIZE, (_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _CODE, _POINTER)),
     "weft_softcap": (None, (_POINTER, _SIZE, _SIZE, _SIZE, _FLOAT)),
-    "weft_find_layout": (_CODE, (c_char_p,)),
+    "weft_find_layout": (_CODE, (c_char_p, _CODE)),
     "weft_instruction_bytes": (_SIZE, ()),
     "weft_step_bytes": (_SIZE, ()),
     "weft_run_step": (_CODE, (_POINTER, _SIZE, _POINTER, _POINTER)),

@@ -8,10 +8,10 @@ from weft.errors import InvariantBroken
 from weft.kernels.cpu.library import load
 from weft.kernels.packed import PackedLinear
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1}
-_KINDS = {"silu": 0, "gelu_tanh": 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1}
 
-DTYPES = frozenset(_CODES)
+DTYPES = frozenset(DTYPE_CODES)
 """What the compiled kernels compute with."""
 
 
@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL:
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
     """Panels of 32 outputs, see `kernels.h`."""
     out_features, in_features = weight.shape
-    code = _CODES[weight.dtype]
+    code = DTYPE_CODES[weight.dtype]
     data = torch.empty(library().weft_packed_bytes(out_features, in_features, code), dtype=torch.uint8)
     library().weft_pack_panels(weight.data_ptr(), weight.stride(0), data.data_ptr(), out_features, in_features, code)
     return PackedLinear(
@@ -58,8 +58,8 @@ def linear(
         rows,
         packed.in_features,
         packed.out_features,
-        _CODES[packed.dtype],
-        _CODES[dtype],
+        DTYPE_CODES[packed.dtype],
+        DTYPE_CODES[dtype],
     )
     return out
 
@@ -74,14 +74,14 @@ def embedding(token_ids: torch.Tensor, packed: PackedLinear, scale: float = 1.0)
         packed.data.data_ptr(),
         packed.in_features,
         packed.out_features,
-        _CODES[packed.dtype],
+        DTYPE_CODES[packed.dtype],
         out.data_ptr(),
     )
     if bad:
         raise InvariantBroken(
             f"token id {int(token_ids[bad - 1])} at row {bad - 1} is outside the vocabulary of {packed.out_features}"
         )
-    library().weft_scale_rows(out.data_ptr(), _CODES[packed.dtype], scale, out.shape[0], packed.in_features)
+    library().weft_scale_rows(out.data_ptr(), DTYPE_CODES[packed.dtype], scale, out.shape[0], packed.in_features)
     return out
 
 
@@ -95,7 +95,7 @@ def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         rows.data_ptr(),
         rows.shape[0],
         x.shape[1],
-        _CODES[x.dtype],
+        DTYPE_CODES[x.dtype],
         out.data_ptr(),
     )
     if bad:
@@ -146,7 +146,7 @@ def _normalize(
         x.shape[-1],
         eps,
         weight_offset,
-        _CODES[x.dtype],
+        DTYPE_CODES[x.dtype],
     )
 
 
@@ -181,8 +181,8 @@ def rotary_and_store(
         k.shape[1],
         q.shape[2],
         keys.shape[2],
-        _CODES[q.dtype],
-        _CODES[keys.dtype],
+        DTYPE_CODES[q.dtype],
+        DTYPE_CODES[keys.dtype],
     )
     if bad:
         token = bad - 1
@@ -231,8 +231,8 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the signature of `ops.paged_att
         kv_heads,
         head_size,
         block_size,
-        _CODES[q.dtype],
-        _CODES[keys.dtype],
+        DTYPE_CODES[q.dtype],
+        DTYPE_CODES[keys.dtype],
     )
     if bad:
         raise InvariantBroken(
@@ -247,7 +247,7 @@ def gated_activation(x: torch.Tensor, kind: str) -> torch.Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, width), dtype=x.dtype)
     library().weft_gated_activation(
-        x.data_ptr(), x.stride(0), out.data_ptr(), rows, width, _KINDS[kind], _CODES[x.dtype]
+        x.data_ptr(), x.stride(0), out.data_ptr(), rows, width, ACTIVATION_CODES[kind], DTYPE_CODES[x.dtype]
     )
     return out
 

@@ -153,7 +153,7 @@ void run_step(const Instruction* program, int64_t count, const Step& step) {
   for (const Instruction* i = program; i != program + count; ++i) {
     runner.run(*i);
     const int64_t after = now_ns();
-    step.nanoseconds[static_cast<int32_t>(i->operation)] += after - before;
+    step.nanoseconds[i - program] += after - before;
     before = after;
   }
 }

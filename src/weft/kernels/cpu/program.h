@@ -23,7 +23,6 @@ enum class Operation : int32_t {
   kTakeRows = 6,
   kSoftcap = 7,
 };
-constexpr int32_t kOperationCount = 8;
 
 // How many rows an operand has in a step.
 enum class Rows : int32_t { kTokens = 0, kLogits = 1 };
@@ -93,7 +92,7 @@ struct Step {
   void* const* keys;    // [L] pools [N, Hkv, B, D]
   void* const* values;  // [L]
   void* const* buffers;
-  int64_t* nanoseconds;  // nullptr, or [kOperationCount]: time spent in each kind of operation is added
+  int64_t* nanoseconds;  // nullptr, or one per instruction: how long it took is added
 };
 
 // What a step must not contain. The number of the first bad entry comes with it.
