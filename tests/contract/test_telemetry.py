@@ -67,6 +67,39 @@ async def test_overload_and_generation_failures_have_labels_of_their_own():
     assert (failure.value("generation"), failure.value("overloaded")) == (1, 1)
 
 
+async def test_sequences_are_counted_by_how_they_ended():
+    house = build_house(say("one two"))
+
+    await house.post("/v1/completions", {"prompt": "a", "n": 2, "stop": ["two"]})
+    await house.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 1}})
+
+    metrics = house.context.metrics
+    finished = metrics.counter("weft_sequences_finished")
+    assert (finished.value("stop_sequence"), finished.value("length")) == (2, 1)
+    succeeded = metrics.counter("vllm:request_success_total")
+    assert (succeeded.value("test/bytes", "stop"), succeeded.value("test/bytes", "length")) == (1, 1)
+
+
+async def test_gateways_find_what_they_choose_by():
+    house = build_house(say("hello"))
+    await house.post("/generate", {"inputs": "a"})
+
+    lines = (await house.get("/metrics")).body.decode().splitlines()
+
+    model = '{model_name="test/bytes"}'
+    for sample in (
+        f"vllm:num_requests_running{model} 0", f"vllm:num_requests_waiting{model} 0",
+        f"vllm:kv_cache_usage_perc{model} 0", f"vllm:generation_tokens_total{model} 6",
+        f"vllm:time_to_first_token_seconds_count{model} 1", f"vllm:time_per_output_token_seconds_count{model} 5",
+        f"vllm:e2e_request_latency_seconds_count{model} 1",
+    ):  # fmt: skip
+        assert sample in lines
+    (adapters,) = (line for line in lines if line.startswith("vllm:lora_requests_info"))
+    assert adapters.startswith(
+        'vllm:lora_requests_info{max_lora="0",running_lora_adapters="",waiting_lora_adapters=""} 1'
+    )
+
+
 async def test_unknown_paths_share_one_label():
     house = build_house()
 

@@ -20,14 +20,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft.config import Settings
+from weft.core.request import FinishReason
 from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
-from weft.router import cloud, health, native, openai, openapi, responses
+from weft.router import anthropic, cloud, health, native, openai, openapi, responses
 from weft.router.body import read_body, require_json
 from weft.router.context import RouterContext
 from weft.router.error_replies import body_of, dialect_of, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
 from weft.router.routes import Access, Route, RouteTable
+from weft.router.schemas_anthropic import (
+    AnthropicAnswer,
+    CountTokensRequest,
+    MessagesRequest,
+    MessageStreamEvent,
+    TokensCount,
+)
 from weft.router.schemas_cloud import (
     InferRequest,
     InferResponse,
@@ -83,6 +91,7 @@ _INFER_EXAMPLE: Mapping[str, JsonValue] = {
     "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["What is deep learning?"]}],
     "parameters": {"max_new_tokens": 32},
 }
+_MESSAGES_EXAMPLE: Mapping[str, JsonValue] = {**_CHAT_EXAMPLE, "model": "tgi"}
 _RESPONSE_EXAMPLE: Mapping[str, JsonValue] = {"input": "What is the capital of France?"}
 _COMPLETION_EXAMPLE: Mapping[str, JsonValue] = {"prompt": "The capital of France is", "max_tokens": 8}
 
@@ -126,6 +135,16 @@ ROUTES: tuple[Route, ...] = (
         method="GET", path="/v1/responses/{response_id}/input_items", handler=responses.input_items,
         access=Access.USER, summary="What stood before a response's answer", tag="OpenAI", query=InputItemsQuery,
         answer=ItemList,
+    ),
+    Route(
+        method="POST", path="/v1/messages", handler=anthropic.messages, access=Access.USER,
+        summary="Answer a conversation", tag="Anthropic", body=MessagesRequest, answer=AnthropicAnswer,
+        event=MessageStreamEvent, generates=True, example=_MESSAGES_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/v1/messages/count_tokens", handler=anthropic.count_message_tokens, access=Access.USER,
+        summary="Tokens that a conversation has", tag="Anthropic", body=CountTokensRequest, answer=TokensCount,
+        example=_MESSAGES_EXAMPLE,
     ),
     Route(
         method="GET", path="/v1/models", handler=openai.models, access=Access.USER,
@@ -266,6 +285,7 @@ def build_app(context: RouterContext) -> ASGIApp:
     table = RouteTable(_with_vertex_names(ROUTES, context.settings))
     # Made when first asked for: most servers are never asked.
     context.openapi = cache(lambda: openapi.build_document(table.routes, context.version))
+    context.metrics.model_name = context.settings.shown_model_name
     context.metrics.before_exposition(lambda: health.collect_gauges(context))
     cors = CORSMiddleware(
         Dispatch(context, table),
@@ -273,7 +293,7 @@ def build_app(context: RouterContext) -> ASGIApp:
         allow_methods=("GET", "POST", "DELETE", "OPTIONS"),
         # Mirrors what the browser asks for: clients send Authorization and headers of their own.
         allow_headers=("*",),
-        expose_headers=("x-request-id", "retry-after"),
+        expose_headers=("x-request-id", "request-id", "retry-after"),
     )
     return Edge(cors, context.clock, context.metrics)
 
@@ -346,7 +366,7 @@ class Dispatch:
             exchange.abort_connection()
             return
         dialect = dialect_of(exchange.speaks_like or exchange.scope["path"])
-        body = body_of(error, dialect, self._context.lifecycle.progress)
+        body = body_of(error, dialect, self._context.lifecycle.progress, exchange.request_id)
         headers = headers_of(error)
         if exchange.stage in ("headers", "body"):
             # The body may not have been read to its end; what is left of it must not be taken for a request.
@@ -370,12 +390,12 @@ class KeyCheck:
         """Raises UnauthorizedError."""
         if not self._digests or route.access in self._public:
             return
-        values = exchange.headers(b"authorization")
-        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        digest = _digest(key.strip())
+        digest = _digest(_key_of(exchange))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise UnauthorizedError("The API key is missing or wrong. Send `Authorization: Bearer <key>`")
+        if not any(matches):
+            raise UnauthorizedError(
+                "The API key is missing or wrong. Send `Authorization: Bearer <key>` or `x-api-key`"
+            )
 
 
 class GenerationAccounts:
@@ -386,6 +406,8 @@ class GenerationAccounts:
         self._clock = context.clock
         self._count = metrics.counter("tgi_request_count")
         self._success = metrics.counter("tgi_request_success")
+        self._success_by_reason = metrics.counter("vllm:request_success_total")
+        self._model_name = context.settings.shown_model_name
         self._failure = metrics.counter("tgi_request_failure")
         self._prompt_tokens = metrics.counter("weft_prompt_tokens")
         self._cached_tokens = metrics.counter("weft_cached_prompt_tokens")
@@ -413,12 +435,23 @@ class GenerationAccounts:
             self._failure.add(1, exchange.error.metric_label)
             return
         self._success.add()
+        reason = "length" if exchange.finish_reason == FinishReason.LENGTH else "stop"
+        self._success_by_reason.add(1, self._model_name, reason)
         self._duration.observe((self._clock.now_ns() - timings.started_ns) / 1e9)
         self._validation.observe(timings.validation_ns / 1e9)
         self._queue.observe(timings.queue_ns / 1e9)
         self._inference.observe(timings.inference_ns / 1e9)
         self._per_token.observe(timings.inference_ns / 1e9 / max(exchange.num_completion_tokens, 1))
         self._generated.observe(exchange.num_completion_tokens)
+
+
+def _key_of(exchange: Exchange) -> str:
+    """The bearer token, else `x-api-key` as Anthropic's clients send it; empty: neither, or more than one of them."""
+    bearers, plain = exchange.headers(b"authorization"), exchange.headers(b"x-api-key")
+    if not bearers and len(plain) == 1:
+        return plain[0].strip()
+    scheme, _, key = bearers[0].partition(" ") if len(bearers) == 1 else ("", "", "")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _digest(key: str) -> bytes:

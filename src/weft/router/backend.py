@@ -139,11 +139,16 @@ class GrpcBackend:
         clock: Clock,
         *,
         on_stats: Callable[[EngineStats], None] = lambda _: None,
+        on_delivery: Callable[[int], None] = lambda _: None,
         on_connection: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        """`target`: for example `unix:///run/…/shard-0.sock`. Call from a running loop."""
+        """`target`: for example `unix:///run/…/shard-0.sock`. Call from a running loop.
+
+        `on_stats` gets the state that came with a frame, `on_delivery` then how long handing out its events took, ns.
+        """
         self._clock = clock
         self._on_stats = on_stats
+        self._on_delivery = on_delivery
         self._on_connection = on_connection
         self._open: dict[RequestId, OpenRequest] = {}
         self._outbox: asyncio.Queue[pb.ClientFrame] = asyncio.Queue(maxsize=LIMITS.max_inbox_messages)
@@ -264,6 +269,7 @@ class GrpcBackend:
             await call.write(await self._outbox.get())
 
     def _deliver(self, frame: pb.ServerFrame) -> None:
+        started_ns = self._clock.now_ns()
         for event in convert.events_from_frame(frame):
             entry = self._open.get(event.request_id)
             if entry is None:
@@ -273,7 +279,9 @@ class GrpcBackend:
             else:
                 entry.put(event)
         if frame.HasField("stats"):
+            delivered_ns = self._clock.now_ns()
             self._on_stats(convert.stats_from_wire(frame.stats))
+            self._on_delivery(delivered_ns - started_ns)
 
 
 def error_from_event(event: FailureEvent) -> RequestError:

@@ -35,6 +35,7 @@ class Generation:
         self._places = ExitStack()
         metrics = context.metrics
         self._first_token_seconds = metrics.histogram("weft_time_to_first_token_seconds")
+        self._finished = metrics.counter("weft_sequences_finished")
         self._inter_token_seconds = metrics.histogram("weft_inter_token_seconds")
 
     def __enter__(self) -> Self:
@@ -56,6 +57,9 @@ class Generation:
         timings, exchange = self._exchange.timings, self._exchange
         timings.finished_ns = self._context.clock.now_ns()
         exchange.num_completion_tokens = sum(sequence.num_tokens for sequence in self.sequences)
+        for sequence in self.sequences:
+            if sequence.finish_reason is not None:
+                self._finished.add(1, sequence.finish_reason)
         exchange.finish_reason = self.sequences[0].finish_reason or ""
         self._context.admission.observe_duration((timings.finished_ns - timings.queued_ns) / 1e9)
 

@@ -4,6 +4,8 @@
 /health/ready as /health, and 503 from the first moment of a shutdown.
 """
 
+import time
+
 from weft.errors import NotReadyError
 from weft.limits import LIMITS
 from weft.router.context import RouterContext
@@ -75,6 +77,7 @@ def collect_gauges(context: RouterContext) -> None:
     permits = metrics.gauge("weft_admission_permits")
     permits.set(context.admission.capacity, "total")
     permits.set(context.admission.used, "used")
+    metrics.gauge("vllm:lora_requests_info").set(time.time(), "0", "", "")
     metrics.gauge("weft_build_info").set(1, context.version, context.settings.shown_model_name)
     for name, value in LIMITS.as_dict().items():
         metrics.gauge("weft_limit").set(value, name)

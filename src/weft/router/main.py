@@ -130,6 +130,7 @@ class RouterProcess:
             f"unix://{self._run_dir / 'shard-0.sock'}",
             clock,
             on_stats=self._engine_metrics.note_step,
+            on_delivery=self._engine_metrics.note_delivery,
             on_connection=self._on_connection,
         )
         self._context = RouterContext(settings=self._settings, backend=self._backend, clock=clock, metrics=metrics)

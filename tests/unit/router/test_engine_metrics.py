@@ -17,7 +17,8 @@ def test_a_step_becomes_tgi_metrics():
     metrics.note_info(EngineInfo(model_id="m", vocab_size=1, max_total_tokens=1, block_size_tokens=32))
 
     metrics.note_step(stats())
-    metrics.note_step(stats(num_steps=2, step_prefill_rows=2))
+    metrics.note_step(stats(num_steps=2, step_prefill_rows=2, step_starts=1, oldest_waiting_ns=1_500_000_000))
+    metrics.note_delivery(2_000)
 
     assert registry.gauge("tgi_queue_size").value() == 2
     assert registry.gauge("tgi_batch_current_size").value() == 3
@@ -28,6 +29,42 @@ def test_a_step_becomes_tgi_metrics():
     assert registry.histogram("tgi_batch_next_size").count() == 1
     assert registry.gauge("weft_kv_blocks").value("free") == 5
     assert registry.gauge("weft_kv_usage_ratio").value() == 0.4
+    assert registry.gauge("weft_queue_oldest_seconds").value() == 1.5
+    assert registry.counter("tgi_batch_inference_success").value("prefill") == 1
+    assert registry.counter("tgi_batch_concat").value("chunking") == 1
+    assert registry.histogram("tgi_batch_filter_duration").count("prefill") == 1
+    assert registry.histogram("weft_step_sequences").count() == 2
+    assert registry.histogram("weft_step_tokens").count() == 2
+
+
+def test_sequences_that_begin_alone_join_nobody():
+    registry = Registry()
+
+    EngineMetrics(registry).note_step(stats(step_decode_rows=0, step_prefill_rows=2, step_starts=2))
+
+    assert registry.counter("tgi_batch_concat").value("chunking") == 0
+    assert registry.histogram("tgi_batch_next_size").count() == 1
+
+
+def test_a_step_that_raised_is_a_failure():
+    registry = Registry()
+    metrics = EngineMetrics(registry)
+
+    metrics.note_step(stats(num_failed_steps=1))
+    metrics.note_step(stats(num_failed_steps=1, num_steps=2))
+
+    assert registry.counter("tgi_batch_inference_failure").value("decode") == 1
+    assert registry.counter("tgi_batch_inference_success").value("decode") == 1
+
+
+def test_the_sizes_of_the_pool_are_labels():
+    registry = Registry()
+
+    EngineMetrics(registry).note_info(
+        EngineInfo(model_id="m", vocab_size=1, max_total_tokens=1, block_size_tokens=32, num_blocks=7)
+    )
+
+    assert registry.gauge("vllm:cache_config_info").value("32", "7") == 1
 
 
 def test_a_step_that_is_told_twice_counts_once():

@@ -132,3 +132,13 @@ def test_an_idle_night_does_not_count_as_slowness() -> None:
     rate.observe(1, 9_001_000_000_000, is_idle=False)
 
     assert rate.retry_after_s(10) == pytest.approx(5.0)
+
+
+def test_the_age_of_the_queue_is_that_of_its_oldest_head() -> None:
+    queue = WaitingQueue(8)
+    assert queue.oldest_added_ns is None
+
+    for arrival, priority in enumerate((0, 1, 0)):
+        queue.append(Sequence.of(make_request(arrival, priority=priority), arrival=arrival, now_ns=100 * (arrival + 1)))
+
+    assert queue.oldest_added_ns == 100

@@ -78,6 +78,7 @@ class Harness:
         self.executor = ManualExecutor()
         self.events: queue.Queue[Event] = queue.Queue()
         self.stats = EngineStats()
+        self.all_stats: list[EngineStats] = []
         self.fatal: queue.Queue[EngineFatal] = queue.Queue()
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -97,6 +98,7 @@ class Harness:
 
     def _publish(self, events: Sequence[Event], stats: EngineStats) -> None:
         self.stats = stats
+        self.all_stats.append(stats)
         for event in events:
             self.events.put(event)
 
@@ -153,6 +155,30 @@ def test_a_request_yields_its_tokens_in_order_and_ends_once(harness: Harness):
     assert [event.token_index for event in events] == [0, 1, 2]
     assert [event.finish_reason for event in events] == [None, None, FinishReason.LENGTH]
     assert harness.events.empty()
+
+
+def test_a_step_says_what_it_took_and_who_waits():
+    harness = Harness(lookahead=False)
+    harness.add(max_new_tokens=2)
+    harness.executor.finish()
+    harness.executor.finish()
+    harness.next_event()
+    harness.next_event()
+    stop(harness)
+
+    first, second = (stats for stats in harness.all_stats if stats.step_tokens)
+    assert (first.step_starts, first.step_prefill_rows, first.step_tokens) == (1, 1, 3)
+    assert (second.step_starts, second.step_decode_rows, second.step_tokens) == (0, 1, 1)
+    assert (first.step_elapsed_ns, first.num_steps, second.num_steps) == (1000, 1, 2)
+    assert first.num_failed_steps == first.oldest_waiting_ns == 0
+
+
+def test_a_step_that_raised_is_counted(harness: Harness):
+    harness.add()
+
+    harness.executor.fail(RuntimeError("boom"))
+
+    wait_until(lambda: harness.stats.num_failed_steps == 1)
 
 
 def test_the_next_step_is_planned_while_the_current_one_runs(harness: Harness):

@@ -12,18 +12,82 @@ PLAIN = MetricSpec("plain", MetricKind.COUNTER, "Plain")
 GAUGE = MetricSpec("level", MetricKind.GAUGE, "Level")
 HISTOGRAM = MetricSpec("seconds", MetricKind.HISTOGRAM, "Seconds", ("route",), (0.1, 1.0))
 
-SAMPLE = re.compile(r'[a-z_]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)+\})? (\+Inf|-Inf|NaN|-?[0-9.e+-]+)')
+SAMPLE = re.compile(r'[a-z_:]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)+\})? (\+Inf|-Inf|NaN|-?[0-9.e+-]+)')
 
 
 def test_names_are_unique_and_legal():
     names = [spec.name for spec in METRICS]
 
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch("(tgi|weft)_[a-z0-9_]+", name) for name in names)
+    assert all(re.fullmatch("(tgi_|weft_|vllm:)[a-z0-9_]+", name) for name in names)
 
 
 def test_tgi_names_have_no_total_suffix():
-    assert not [spec.name for spec in METRICS if spec.name.endswith("_total")]
+    assert not [spec.name for spec in METRICS if spec.name.endswith("_total") and not spec.name.startswith("vllm:")]
+
+
+TGI_METRICS = {
+    "tgi_request_count": ("counter", ()),
+    "tgi_request_success": ("counter", ()),
+    "tgi_request_failure": ("counter", ("err",)),
+    "tgi_request_duration": ("histogram", ()),
+    "tgi_request_validation_duration": ("histogram", ()),
+    "tgi_request_queue_duration": ("histogram", ()),
+    "tgi_request_inference_duration": ("histogram", ()),
+    "tgi_request_mean_time_per_token_duration": ("histogram", ()),
+    "tgi_request_generated_tokens": ("histogram", ()),
+    "tgi_request_input_length": ("histogram", ()),
+    "tgi_request_max_new_tokens": ("histogram", ()),
+    # A summary in TGI, whose own dashboard asks for its buckets.
+    "tgi_request_skipped_tokens": ("histogram", ()),
+    "tgi_queue_size": ("gauge", ()),
+    "tgi_batch_current_size": ("gauge", ()),
+    "tgi_batch_current_max_tokens": ("gauge", ()),
+    "tgi_batch_max_total_tokens": ("gauge", ()),
+    "tgi_batch_next_size": ("histogram", ()),
+    "tgi_batch_concat": ("counter", ("reason",)),
+    "tgi_batch_inference_count": ("counter", ("method",)),
+    "tgi_batch_inference_success": ("counter", ("method",)),
+    "tgi_batch_inference_failure": ("counter", ("method",)),
+    "tgi_batch_inference_duration": ("histogram", ("method",)),
+    "tgi_batch_forward_duration": ("histogram", ("method",)),
+    "tgi_batch_decode_duration": ("histogram", ("method",)),
+    "tgi_batch_filter_duration": ("histogram", ("method",)),
+    "tgi_batch_concat_duration": ("histogram", ("method",)),
+}
+
+
+def test_every_metric_of_tgi_is_there_with_its_type_and_labels():
+    assert {spec.name: (str(spec.kind), spec.labels) for spec in METRICS if spec.name.startswith("tgi_")} == TGI_METRICS
+
+
+# Read by the Gateway API's endpoint picker, by autoscalers and by vLLM's dashboards.
+VLLM_METRICS = (
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc",
+    "time_to_first_token_seconds", "time_per_output_token_seconds", "inter_token_latency_seconds",
+    "e2e_request_latency_seconds", "prompt_tokens_total", "generation_tokens_total", "request_success_total",
+    "num_preemptions_total", "cache_config_info", "lora_requests_info",
+)  # fmt: skip
+
+
+def test_the_metrics_that_gateways_read_are_there():
+    assert {f"vllm:{name}" for name in VLLM_METRICS} <= {spec.name for spec in METRICS}
+
+
+def test_a_metric_that_repeats_another_shows_its_samples_and_the_model():
+    again = MetricSpec("other:seconds", MetricKind.HISTOGRAM, "Again", ("model_name", "route"), (0.1, 1.0), "seconds")
+    level = MetricSpec("other:level", MetricKind.GAUGE, "Again", ("model_name",), (), "level")
+    registry = Registry((HISTOGRAM, GAUGE, again, level))
+    registry.model_name = "m"
+    registry.histogram("seconds").observe(0.5, "/a")
+    registry.gauge("level").set(3)
+
+    lines = registry.exposition().splitlines()
+
+    assert 'other:seconds_bucket{model_name="m",route="/a",le="1"} 1' in lines
+    assert 'other:seconds_sum{model_name="m",route="/a"} 0.5' in lines
+    assert 'other:level{model_name="m"} 3' in lines
+    assert "level 3" in lines
 
 
 def test_durations_have_the_buckets_of_tgi():
@@ -117,6 +181,8 @@ def test_an_unknown_name_is_a_key_error():
 def test_the_whole_table_can_be_scraped():
     registry = Registry()
     for spec in METRICS:
+        if spec.same_as:
+            continue
         labels = tuple("value" for _ in spec.labels)
         if spec.kind is MetricKind.HISTOGRAM:
             registry.histogram(spec.name).observe(1.0, *labels)
