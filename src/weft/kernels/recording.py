@@ -10,16 +10,29 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 
-from weft.kernels.registry import Implementation
+
+class Implementation(Protocol):
+    """What a recorder is told about an implementation (`registry.Implementation`)."""
+
+    @property
+    def operation(self) -> str: ...  # noqa: D102
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def function(self) -> Callable[..., Any]: ...  # noqa: D102
 
 
 class Recorder(Protocol):
     """Told of every operation, in order, after it ran."""
 
     def record(
-        self, implementation: Implementation, arguments: tuple[object, ...], options: dict[str, object], result: object
+        self,
+        implementation: Implementation,
+        arguments: tuple[object, ...],
+        options: dict[str, object],
+        result: object,
     ) -> None:
-        """`arguments` and `options` as the implementation got them; tensors changed in place are in their new state."""
+        """`arguments` and `options` are what the implementation got, with whatever it changed in them."""
         ...
 
 

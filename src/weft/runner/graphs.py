@@ -34,6 +34,10 @@ class ReplayedDecoder:
         """Operations that one call runs."""
         return self._forward.num_operations
 
+    def reserve(self, num_tokens: int, num_logits: int) -> None:
+        """Take the memory for steps up to a size; it is touched as far as steps use it."""
+        self._forward.reserve(num_tokens, num_logits)
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Decoder.forward`."""
         return self._forward.run(batch)

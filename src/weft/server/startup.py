@@ -31,10 +31,10 @@ from weft.models import registry as model_registry
 from weft.models.decoder import Decoder, load_decoder
 from weft.models.spec import ModelDescription
 from weft.parallel.groups import Group, SoloGroup, join_group
-from weft.runner import memory
+from weft.runner import graphs, memory
 from weft.runner.kv_pool import KvPool
 from weft.runner.memory import KvShape, MemoryPlan
-from weft.runner.runner import ModelRunner
+from weft.runner.runner import Model, ModelRunner
 from weft.runner.sampling.watermark import WatermarkSettings
 from weft.scheduler.config import DEFAULT_BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_PREFILL_TOKENS, SchedulerConfig
 
@@ -346,7 +346,9 @@ def _build_runner(
         device=layout.device,
     )
     return ModelRunner(
-        decoder,
+        _fastest_form(
+            decoder, layout, group, max_step_tokens=_max_batch_prefill_tokens(settings, description), config=config
+        ),
         pool,
         max_num_sequences=config.max_num_sequences,
         max_total_tokens=config.max_total_tokens,
@@ -355,6 +357,22 @@ def _build_runner(
         watermark=WatermarkSettings(settings.watermark_gamma, settings.watermark_delta),
         group=group,
     )
+
+
+def _fastest_form(
+    decoder: Decoder, layout: _Layout, group: Group, *, max_step_tokens: int, config: SchedulerConfig
+) -> Model:
+    """The decoder recorded for replay where that is possible. Both forms give the same bits."""
+    if layout.device.type != "cpu":
+        return decoder
+    try:
+        recorded = graphs.record_decoder(decoder, group, block_size_tokens=layout.block_size_tokens, dtype=layout.dtype)
+    except graphs.NotExpressible as reason:
+        log.info("startup.one_by_one", reason=str(reason), effect="operations are called one by one, which is slower")
+        return decoder
+    recorded.reserve(max_step_tokens + config.max_num_sequences, config.max_num_sequences)
+    log.info("startup.recorded", num_operations=recorded.num_operations)
+    return recorded
 
 
 def _engine_info(

@@ -20,7 +20,6 @@ from weft.errors import InvariantBroken
 from weft.kernels import recording
 from weft.kernels.cpu.operations import ACTIVATION_CODES, DTYPE_CODES, library
 from weft.kernels.packed import PackedLinear
-from weft.kernels.registry import Implementation
 
 _OPERATIONS = (
     "embedding",
@@ -204,7 +203,7 @@ class _Recorder:
 
     def record(
         self,
-        implementation: Implementation,
+        implementation: recording.Implementation,
         arguments: tuple[object, ...],
         options: dict[str, object],
         result: object,
