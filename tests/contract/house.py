@@ -135,7 +135,7 @@ class House:
             "method": method,
             "path": path.partition("?")[0],
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": path.partition("?")[2].encode(),
             "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in ({**extra, **headers}).items()],
         }
         answer = Answer()

@@ -390,11 +390,11 @@ class KeyCheck:
         """Raises UnauthorizedError."""
         if not self._digests or route.access in self._public:
             return
-        digest = _digest(_key_of(exchange))
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        digests = [_digest(key) for key in _keys_of(exchange)]
+        matches = [hmac.compare_digest(digest, known) for digest in digests for known in self._digests]
         if not any(matches):
             raise UnauthorizedError(
-                "The API key is missing or wrong. Send `Authorization: Bearer <key>` or `x-api-key`"
+                "The API key is missing or wrong. Send `Authorization: Bearer <key>` or `x-api-key: <key>`"
             )
 
 
@@ -445,13 +445,12 @@ class GenerationAccounts:
         self._generated.observe(exchange.num_completion_tokens)
 
 
-def _key_of(exchange: Exchange) -> str:
-    """The bearer token, else `x-api-key` as Anthropic's clients send it; empty: neither, or more than one of them."""
+def _keys_of(exchange: Exchange) -> list[str]:
+    """The bearer token, and `x-api-key` as Anthropic's clients send it; a header that is repeated is no key."""
     bearers, plain = exchange.headers(b"authorization"), exchange.headers(b"x-api-key")
-    if not bearers and len(plain) == 1:
-        return plain[0].strip()
+    keys = [plain[0].strip()] if len(plain) == 1 else []
     scheme, _, key = bearers[0].partition(" ") if len(bearers) == 1 else ("", "", "")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    return [*keys, key.strip()] if scheme.lower() == "bearer" else keys
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""An error as bytes, in the dialect of its route: TGI's `{error, error_type}` or OpenAI's error object."""
+"""An error as bytes, in the dialect of its route: TGI's `{error, error_type}`, OpenAI's or Anthropic's error object."""
 
 import math
 from enum import StrEnum
@@ -20,9 +20,10 @@ from weft.errors import (
 )
 from weft.router.exchange import RawHeaders
 from weft.router.lifecycle import Progress
+from weft.router.schemas_anthropic import AnthropicError, AnthropicErrorBody
 from weft.router.schemas_native import ErrorResponse, NotReadyResponse
 from weft.router.schemas_openai import ErrorBody, OpenAIError
-from weft.router.stream import DONE_FRAME, frame
+from weft.router.stream import DONE_FRAME, frame, named_frame
 
 _NATIVE_PREFIXES: tuple[tuple[type[RequestError], str], ...] = (
     (MalformedJsonError, "Failed to parse the request body as JSON: "),
@@ -43,20 +44,36 @@ class Dialect(StrEnum):
 
     NATIVE = "native"
     OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Status → `error.type`; what is not here is `invalid_request_error` below 500 and `api_error` above."""
 
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of a path, known or not."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return Dialect.ANTHROPIC
     return Dialect.OPENAI if path == "/v1" or path.startswith("/v1/") else Dialect.NATIVE
 
 
 def status_of(error: RequestError, dialect: Dialect) -> int:
     """HTTP status."""
-    return error.openai_status if dialect is Dialect.OPENAI else error.http_status
+    return error.http_status if dialect is Dialect.NATIVE else error.openai_status
 
 
-def body_of(error: RequestError, dialect: Dialect, progress: Progress) -> bytes:
+def body_of(error: RequestError, dialect: Dialect, progress: Progress, request_id: str) -> bytes:
     """JSON body."""
+    if dialect is Dialect.ANTHROPIC:
+        return msgspec.json.encode(_anthropic(error, request_id))
     if dialect is Dialect.OPENAI:
         return msgspec.json.encode(_openai(error))
     if isinstance(error, NotReadyError):
@@ -96,6 +113,17 @@ def native_end_frames(error: RequestError) -> bytes:
 def openai_end_frames(error: RequestError) -> bytes:
     """The last events of a `/v1` stream that fails."""
     return frame(_openai(error)) + DONE_FRAME
+
+
+def anthropic_end_frames(error: RequestError, request_id: str) -> bytes:
+    """The last event of a stream of `/v1/messages` that fails."""
+    return named_frame("error", _anthropic(error, request_id))
+
+
+def _anthropic(error: RequestError, request_id: str) -> AnthropicError:
+    status = error.openai_status
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=error.message), request_id=request_id)
 
 
 def _native(error: RequestError) -> ErrorResponse:

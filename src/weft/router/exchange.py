@@ -136,12 +136,13 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = choose_request_id(scope)
-        id_header = (b"x-request-id", request_id.encode("ascii"))
+        # Clients of Anthropic look for the shorter name.
+        id_headers = [(name, request_id.encode("ascii")) for name in (b"x-request-id", b"request-id")]
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header]
+                message["headers"] = [*message.get("headers", ()), *id_headers]
             await send(message)
 
         exchange = Exchange(

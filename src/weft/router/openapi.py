@@ -11,6 +11,7 @@ from weft.router.exchange import Exchange
 from weft.router.json_values import JsonValue
 from weft.router.pages import static_file
 from weft.router.routes import Access, Route
+from weft.router.schemas_anthropic import AnthropicError
 from weft.router.schemas_native import ErrorResponse, NotReadyResponse
 from weft.router.schemas_openai import OpenAIError
 
@@ -39,6 +40,11 @@ _ERRORS: Sequence[tuple[int, str]] = (
     (500, "A bug, or numbers that the model could not compute"),
     (503, "Loading, restarting or shutting down; Retry-After says when to come back"),
 )
+_ERROR_TYPES = {
+    Dialect.NATIVE: ErrorResponse,
+    Dialect.OPENAI: OpenAIError,
+    Dialect.ANTHROPIC: AnthropicError,
+}
 _NATIVE_ONLY = frozenset({422, 424})
 _ON_ALL_ROUTES = frozenset({401, 503})
 _ON_THINGS = frozenset({400, 404, 500})
@@ -68,7 +74,7 @@ async def docs_file(context: RouterContext, exchange: Exchange) -> None:
 def build_document(routes: Iterable[Route], version: str) -> bytes:
     """The document, as JSON."""
     shown = [route for route in routes if not route.is_hidden]
-    types: list[object] = [ErrorResponse, NotReadyResponse, OpenAIError]
+    types: list[object] = [NotReadyResponse, *_ERROR_TYPES.values()]
     for route in shown:
         types += [kind for kinds in (route.body, route.answer, route.event) for kind in _alternatives(kinds)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
@@ -83,7 +89,7 @@ def build_document(routes: Iterable[Route], version: str) -> bytes:
             "info": {
                 "title": "Weft",
                 "version": version,
-                "description": "Text generation with the API of Text Generation Inference and that of OpenAI.",
+                "description": "Text generation with the APIs of Text Generation Inference, OpenAI and Anthropic.",
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "paths": paths,
@@ -91,7 +97,7 @@ def build_document(routes: Iterable[Route], version: str) -> bytes:
                 "schemas": components,
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             },
-            "tags": [{"name": name} for name in ("OpenAI", "TGI", "Clouds", "Operations")],
+            "tags": [{"name": name} for name in ("OpenAI", "Anthropic", "TGI", "Clouds", "Operations")],
         }
     )
 
@@ -143,13 +149,13 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
     if content:
         answer["content"] = content
     responses: JsonObject = {"200": answer}
-    is_openai = dialect_of(route.path) is Dialect.OPENAI
-    error_schema = schema_of[repr(OpenAIError if is_openai else ErrorResponse)]
+    dialect = dialect_of(route.path)
+    error_schema = schema_of[repr(_ERROR_TYPES[dialect])]
     expected = _ON_ALL_ROUTES if route.body is None else frozenset(status for status, _ in _ERRORS)
     if route.body is None and "{" in route.path:
         expected |= _ON_THINGS
     for status, text in _ERRORS:
-        if status not in expected or (is_openai and status in _NATIVE_ONLY):
+        if status not in expected or (dialect is not Dialect.NATIVE and status in _NATIVE_ONLY):
             continue
         responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error_schema}}}
     return responses

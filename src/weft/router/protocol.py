@@ -115,12 +115,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _response(self, error: RequestError) -> bytes:
         dialect = dialect_of(getattr(self, "url", b"")[:256].decode("latin-1"))
-        body = body_of(error, dialect, _NO_PROGRESS)
+        request_id = new_request_id()
+        body = body_of(error, dialect, _NO_PROGRESS, request_id)
         headers = (
             b"content-type: application/json",
             b"content-length: %d" % len(body),
             b"connection: close",
-            b"x-request-id: " + new_request_id().encode("ascii"),
+            b"x-request-id: " + request_id.encode("ascii"),
         )
         status = 400 if type(error) is BadRequestError else status_of(error, dialect)
         return STATUS_LINE[status] + b"\r\n".join(headers) + b"\r\n\r\n" + body

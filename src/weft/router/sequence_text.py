@@ -53,6 +53,12 @@ class SequenceText:
         self.is_special = False
         """The newest token is no part of the text."""
 
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        is_stopped = self.finish_reason is FinishReason.STOP_SEQUENCE
+        return self._matcher.matched if is_stopped and self._matcher is not None else None
+
     def push(self, event: TokenEvent) -> str:
         """Text that may be shown now: characters are whole, and nothing of it can belong to a stop string."""
         if event.token_index != self.num_tokens:
