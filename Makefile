@@ -40,7 +40,7 @@ serve: $(INSTALLED) ## serve a model on port 3000: make serve MODEL=… PORT=…
 	@exec $(BIN)/weft serve $(MODEL) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(INSTALLED_DEV) ## all tests
-	@$(BIN)/pytest -q -n auto --dist loadgroup $(ARGS) tests
+	@$(BIN)/pytest -q -n auto --dist loadgroup $(ARGS) tests clients/python/tests
 
 check: $(INSTALLED_DEV) ## format, lint, types, imports, spelling, generated files
 	@$(MAKE) -j4 --keep-going --output-sync=target check-format check-lint check-types check-public-types check-imports \
@@ -100,6 +100,7 @@ check-types:
 
 check-public-types:
 	@$(BIN)/pyright --pythonpath $(BIN)/python src/weft/__init__.py src/weft/core src/weft/config src/weft/errors.py \
+		src/weft/offline.py clients/python/src \
 		| { grep -vE '^0 errors' || true; }
 
 check-imports:

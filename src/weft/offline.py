@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeGuard, TypeVar, cast, overload
 
 import msgspec
 import structlog
@@ -391,9 +391,11 @@ class LLM:
         Raises   as `generate`
         """
         loaded = self._require_open()
-        is_conversation = not isinstance(prompt, str) and _is_conversation(prompt)
-        make_job: Callable[[Any, SamplingParams], _Job] = self._chat_job if is_conversation else self._prompt_job
-        job = make_job(prompt, params or SamplingParams())
+        own = params or SamplingParams()
+        if not isinstance(prompt, str) and _is_conversation(prompt):
+            job = self._chat_job(prompt, own)
+        else:
+            job = self._prompt_job(cast("Prompt", prompt), own)
         return TextStream(loaded.run([job]), job)
 
     def close(self) -> None:
@@ -460,7 +462,7 @@ class LLM:
         return _Job(model, request, checked.stop_strings, params.logprobs)
 
 
-def _is_conversation(messages: Sequence[Any]) -> bool:
+def _is_conversation(messages: Sequence[Any]) -> TypeGuard[Sequence[Message]]:
     return len(messages) > 0 and isinstance(messages[0], Mapping)
 
 
