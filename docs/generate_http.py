@@ -50,6 +50,8 @@ open unless `--protect-health`, metrics unless `--protect-metrics`. A route that
 * `top_p` and `typical_p` accept 1.0. `max_new_tokens` beyond the context is clamped, and the answer says so in
   `x-max-new-tokens-clamped`; on `/v1` it is an error. `best_of` accepts a `seed`, from which the others are derived.
 * `decoder_input_details` is honoured whenever it is asked for; `--enable-prefill-logprobs` is not needed.
+* A place is taken after validation, so that a wrong request is refused and not told to come back.
+* `/tokenize` honours `truncate`.
 * A stop text counts wherever it ends, also inside a token; the text ends with it.
 * On `/v1` OpenAI's API is the truth: `presence_penalty`, `stop` as a text, `finish_reason`, error objects, ids.
 * Asking for a key covers every route but health and metrics, and keys are compared exactly.

@@ -44,6 +44,7 @@ from weft.router.validate import (
     check_inputs,
     check_native,
     check_prompt_chars,
+    check_truncate,
     fit_native,
     truncated,
 )
@@ -111,7 +112,12 @@ async def tokenize(context: RouterContext, exchange: Exchange) -> None:
     """POST /tokenize."""
     body = decode(exchange.body, GenerateRequest)
     model = context.require_model()
-    await exchange.reply(200, encode_json(await _tokens_of(body.inputs, model, "inputs", add_special_tokens=True)))
+    check_truncate(body.parameters, model)
+    tokens = await _tokens_of(body.inputs, model, "inputs", add_special_tokens=True)
+    if tokens and body.parameters is not None:
+        keeps_first = model.tokenizer.is_special(tokens[0].id)
+        tokens = truncated(tokens, body.parameters.truncate, keeps_first=keeps_first)
+    await exchange.reply(200, encode_json(tokens))
 
 
 async def chat_tokenize(context: RouterContext, exchange: Exchange) -> None:

@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from weft.config import Settings
 from weft.core.request import (
@@ -159,23 +160,31 @@ def check_native(parameters: GenerateParameters | None, settings: Settings, *, i
 def check_inputs(inputs: str, parameters: GenerateParameters | None, model: ServedModel) -> None:
     """Check the prompt itself and `truncate`, as TGI does after the parameters."""
     _require(bool(inputs), "inputs", "`inputs` cannot be empty")
+    check_truncate(parameters, model)
+    if parameters is None or parameters.truncate is None:
+        check_prompt_chars(inputs, model, "inputs")
+
+
+def check_truncate(parameters: GenerateParameters | None, model: ServedModel) -> None:
+    """Raises ValidationError."""
     truncate = None if parameters is None else parameters.truncate
     _require(
         truncate is None or 1 <= truncate <= model.max_input_tokens,
         "truncate",
         f"`truncate` must be strictly positive and less than {model.max_input_tokens}. Given: {truncate}",
     )
-    if truncate is None:
-        check_prompt_chars(inputs, model, "inputs")
 
 
-def truncated(prompt_ids: list[int], truncate: int | None, *, keeps_first: bool) -> list[int]:
-    """The last `truncate` ids; a BOS token in front stays in front, or the model would see a text without one."""
-    if truncate is None or len(prompt_ids) <= truncate:
-        return prompt_ids
+_Token = TypeVar("_Token")
+
+
+def truncated(tokens: list[_Token], truncate: int | None, *, keeps_first: bool) -> list[_Token]:
+    """The last `truncate` tokens; a BOS token in front stays there, or the model would see a text without one."""
+    if truncate is None or len(tokens) <= truncate:
+        return tokens
     if keeps_first and truncate > 1:
-        return [prompt_ids[0], *prompt_ids[-(truncate - 1) :]]
-    return prompt_ids[-truncate:]
+        return [tokens[0], *tokens[-(truncate - 1) :]]
+    return tokens[-truncate:]
 
 
 def fit_native(num_prompt_tokens: int, max_new_tokens: int | None, model: ServedModel) -> int:

@@ -1,0 +1,577 @@
+"""TGI 3.3.7's native HTTP contract, row by row: request → answer.
+
+A row that differs from TGI says why beside it; the decisions stand in docs/reference/endpoints.md.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from tests.contract.house import BOS, EOS, Answer, House, Script, build_house, ids_of, say
+
+from weft.errors import GenerationError, IncompleteGenerationError, NotReadyError, OverloadedError
+from weft.router.lifecycle import ServerState
+
+WHOLE, STREAM, COMPAT = "/generate", "/generate_stream", "/"
+MODEL_LIMITS = {"max_total_tokens": 64, "max_input_tokens": 40}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    name: str
+    parameters: dict[str, Any] | None
+    says: str = ""
+    """The message, without its prefix; empty: accepted."""
+    paths: tuple[str, ...] = (WHOLE, STREAM, COMPAT)
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: str = "abc"
+
+
+async def asked(row: Row, path: str) -> tuple[House, Answer]:
+    house = build_house(settings=row.settings, **MODEL_LIMITS)
+    body: dict[str, Any] = {"inputs": row.inputs}
+    if row.parameters is not None:
+        body["parameters"] = row.parameters
+    return house, await house.post(path, body)
+
+
+def rows_and_paths(rows: list[Row]) -> list[Any]:
+    return [pytest.param(row, path, id=f"{row.name} {path}") for row in rows for path in row.paths]
+
+
+NO_STREAM = (WHOLE, COMPAT)
+
+# --- parameters: bounds and messages ------------------------------------------------------------------------------
+
+REFUSED = [
+    Row("best_of above the limit", {"best_of": 3, "do_sample": True}, "`best_of` must be > 0 and <= 2. Given: 3",
+        NO_STREAM),
+    Row("best_of where none is allowed", {"best_of": 2, "do_sample": True},
+        "`best_of` != 1 is not allowed for this endpoint", NO_STREAM, {"max_best_of": 1}),
+    Row("best_of without sampling", {"best_of": 2}, "you must use sampling when `best_of` is > 1", NO_STREAM),
+    Row("best_of in a stream", {"best_of": 2, "do_sample": True},
+        "`best_of` != 1 is not supported when streaming tokens", (STREAM,)),
+    Row("best_of 0 in a stream", {"best_of": 0}, "`best_of` != 1 is not supported when streaming tokens", (STREAM,)),
+    Row("temperature 0", {"temperature": 0}, "`temperature` must be strictly positive"),
+    Row("temperature below 0", {"temperature": -0.1}, "`temperature` must be strictly positive"),
+    Row("repetition_penalty 0", {"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
+    Row("frequency_penalty high", {"frequency_penalty": 2.01}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    Row("frequency_penalty low", {"frequency_penalty": -2.01}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    Row("top_k 0", {"top_k": 0}, "`top_k` must be strictly positive"),
+    Row("top_k below 0", {"top_k": -1}, "`top_k` must be strictly positive"),
+    Row("top_p 0", {"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
+    Row("top_p above 1", {"top_p": 1.01}, "`top_p` must be > 0.0 and < 1.0"),
+    Row("typical_p 0", {"typical_p": 0.0}, "`typical_p` must be > 0.0 and < 1.0"),
+    Row("typical_p above 1", {"typical_p": 1.01}, "`typical_p` must be > 0.0 and < 1.0"),
+    Row("max_new_tokens 0", {"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
+    Row("five stop sequences", {"stop": list("vwxyz")}, "`stop` supports up to 4 stop sequences. Given: 5"),
+    Row("truncate 0", {"truncate": 0}, "`truncate` must be strictly positive and less than 40. Given: 0"),
+    Row("truncate above the limit", {"truncate": 41},
+        "`truncate` must be strictly positive and less than 40. Given: 41"),
+    Row("decoder_input_details in a stream", {"decoder_input_details": True},
+        "`decoder_input_details` == true is not supported when streaming tokens", (STREAM,)),
+    Row("top_n_tokens above the limit", {"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+    Row("empty inputs", {}, "`inputs` cannot be empty", inputs=""),
+    Row("a prompt that is too long", {}, "`inputs` must have less than 40 tokens. Given: 41", inputs="a" * 40),
+    Row("a prompt without room behind it", {"max_new_tokens": 1},
+        "`inputs` tokens + `max_new_tokens` must be <= 64. Given: 65 `inputs` tokens and 1 `max_new_tokens`",
+        inputs="a" * 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "path"), rows_and_paths(REFUSED))
+async def test_a_value_out_of_range_is_refused_with_tgis_words(row: Row, path: str):
+    """TGI says so in an event of a stream with status 200; here every failure known in time has its status."""
+    _, answer = await asked(row, path)
+
+    assert answer.status == 422
+    assert answer.json == {"error": "Input validation error: " + row.says, "error_type": "validation"}
+    assert not [name for name in answer.headers if name.startswith("x-compute")]
+
+
+ACCEPTED = [
+    Row("best_of 0 is 1", {"best_of": 0}, paths=NO_STREAM),
+    Row("best_of at the limit", {"best_of": 2, "do_sample": True}, paths=NO_STREAM),
+    Row("temperature 1.0 counts as sampling for best_of", {"best_of": 2, "temperature": 1.0}, paths=NO_STREAM),
+    # TGI refuses a seed with best_of, because its sequences would be alike; here seeds are derived from it.
+    Row("seed with best_of", {"best_of": 2, "do_sample": True, "seed": 1}, paths=NO_STREAM),
+    Row("a small temperature", {"temperature": 1e-6}),
+    Row("frequency_penalty at its ends", {"frequency_penalty": -2.0}),
+    Row("frequency_penalty at its other end", {"frequency_penalty": 2}),
+    Row("top_k 1", {"top_k": 1}),
+    Row("top_p 0.99", {"top_p": 0.99}),
+    # TGI refuses 1.0 although it is the neutral value that clients send.
+    Row("top_p 1.0 is off", {"top_p": 1.0}),
+    Row("typical_p 1.0 is off", {"typical_p": 1}),
+    Row("four stop sequences", {"stop": list("wxyz")}),
+    Row("no stop sequence", {"stop": []}),
+    Row("truncate at the limit", {"truncate": 40}),
+    Row("truncate saves a prompt that is too long", {"truncate": 10}, inputs="a" * 60),
+    Row("top_n_tokens 0", {"top_n_tokens": 0}),
+    Row("top_n_tokens at the limit", {"top_n_tokens": 5}),
+    Row("top_n_tokens at another limit", {"top_n_tokens": 4}, settings={"max_top_n_tokens": 4}),
+    Row("the largest seed", {"seed": 2**64 - 1}),
+    # TGI checks the first 1024 tokens alone and cuts silently, or refuses; here the answer says what is left.
+    Row("max_new_tokens beyond the context", {"max_new_tokens": 1_000_000}),
+    Row("a prompt of the longest length", {}, inputs="a" * 39),
+    Row("fields that TGI does not know", {"stop_sequences": ["a"], "max_time": 1, "num_return_sequences": 2,
+        "min_p": 0.1, "logit_bias": {}, "min_new_tokens": 3, "ignore_eos_token": True}),
+    # The client package of TGI sends nulls; TGI refuses `parameters: null`.
+    Row("null parameters", {"best_of": None, "temperature": None, "stop": None, "do_sample": None, "details": None}),
+    Row("no parameters", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "path"), rows_and_paths(ACCEPTED))
+async def test_a_value_in_range_is_accepted(row: Row, path: str):
+    house, answer = await asked(row, path)
+
+    assert answer.status == 200
+    for request in house.backend.requests:
+        request.check(vocab_size=258, max_total_tokens=64)
+
+
+ORDER = [
+    ({"best_of": 9, "temperature": 0}, "`best_of`"),
+    ({"temperature": 0, "top_p": 0}, "`temperature`"),
+    ({"repetition_penalty": 0, "frequency_penalty": 9}, "`repetition_penalty`"),
+    ({"frequency_penalty": 9, "top_p": 0}, "`frequency_penalty`"),
+    ({"top_p": 0, "typical_p": 0}, "`top_p`"),
+    ({"typical_p": 0, "top_k": 0}, "`typical_p`"),
+    ({"top_k": 0, "max_new_tokens": 0}, "`top_k`"),
+    ({"max_new_tokens": 0, "stop": list("vwxyz")}, "`max_new_tokens`"),
+    ({"stop": list("vwxyz"), "top_n_tokens": 9}, "`stop`"),
+    ({"top_n_tokens": 9, "truncate": 0}, "`top_n_tokens`"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "first"), ORDER)
+async def test_the_first_failure_in_tgis_order_wins(parameters: dict[str, Any], first: str):
+    answer = await build_house().post(WHOLE, {"inputs": "", "parameters": parameters})
+
+    assert answer.json["error"].startswith(f"Input validation error: {first}")
+
+
+async def test_overload_is_said_after_validation():
+    """TGI takes the place first, so that a wrong request is told to come back and be refused."""
+    house = build_house(settings={"max_concurrent_requests": 1})
+    with house.context.admission.admit(1):
+        wrong = await house.post(WHOLE, {"inputs": "a", "parameters": {"top_k": 0}})
+        right = await house.post(WHOLE, {"inputs": "a"})
+
+    assert (wrong.status, right.status) == (422, 429)
+
+
+# --- what is asked of the engine ----------------------------------------------------------------------------------
+
+GREEDY = [
+    (None, False),
+    ({}, True),
+    ({"temperature": 1.0}, True),
+    ({"temperature": 0.9}, False),
+    ({"do_sample": True}, False),
+    ({"do_sample": False}, True),
+    ({"do_sample": False, "temperature": 0.5}, False),
+    ({"top_k": 5}, False),
+    ({"top_p": 0.9}, False),
+    ({"top_p": 1.0}, True),
+    ({"typical_p": 0.9}, False),
+    ({"repetition_penalty": 1.3, "frequency_penalty": 1.0, "watermark": True, "seed": 3}, True),
+]
+
+
+@pytest.mark.parametrize(("parameters", "is_greedy"), GREEDY)
+async def test_sampling_is_on_exactly_where_tgi_has_it_on(parameters: dict[str, Any] | None, is_greedy: bool):
+    house = build_house()
+    body = {"inputs": "a"} | ({} if parameters is None else {"parameters": parameters})
+
+    answer = await house.post(WHOLE, body | {"stream": True})  # `stream` means nothing on this route
+
+    assert answer.headers["content-type"] == "application/json"
+    assert house.backend.requests[0].sampling.is_greedy is is_greedy
+
+
+async def test_two_requests_without_a_seed_have_different_ones():
+    house = build_house()
+
+    await house.post(WHOLE, {"inputs": "a"})
+    await house.post(WHOLE, {"inputs": "a"})
+
+    first, second = house.backend.requests
+    assert first.sampling.seed != second.sampling.seed
+
+
+# --- transport ----------------------------------------------------------------------------------------------------
+
+JSON = {"content-type": "application/json"}
+TRANSPORT = [
+    (b"{}", {"content-type": "text/plain"}, 415, "Expected request with `Content-Type: application/json`"),
+    (b"{", JSON, 400, "Failed to parse the request body as JSON: "),
+    (b'{"inputs":1}', JSON, 422, "Failed to deserialize the JSON body into the target type: `inputs`"),
+    (b"{}", JSON, 422, "Failed to deserialize the JSON body into the target type: Missing field `inputs`"),
+    (b'{"inputs":"a","parameters":3}', JSON, 422, "`parameters`"),
+    (b'{"inputs":"a","parameters":{"max_new_tokens":-1}}', JSON, 422, "`parameters.max_new_tokens`"),
+    (b'{"inputs":"a","parameters":{"stop":"x"}}', JSON, 422, "`parameters.stop`"),
+    (b'{"inputs":"' + b"a" * 1000 + b'"}', JSON, 413, "Failed to buffer the request body: length limit exceeded"),
+]
+
+
+@pytest.mark.parametrize("path", [WHOLE, STREAM, COMPAT])
+@pytest.mark.parametrize(("body", "headers", "status", "says"), TRANSPORT)
+async def test_a_body_that_cannot_be_read(path: str, body: bytes, headers: dict[str, str], status: int, says: str):
+    """TGI's framework answers these with plain text; here they have the form of every other error."""
+    answer = await build_house(settings={"payload_limit": 500}).post(path, body, headers)
+
+    assert answer.status == status
+    assert says in answer.json["error"]
+    assert answer.json["error_type"] == "validation"
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "application/json; charset=utf-8", "application/x+json"])
+async def test_json_content_types_are_read(media_type: str):
+    assert (await build_house().post(WHOLE, b'{"inputs":"a"}', {"content-type": media_type})).status == 200
+
+
+# --- headers ------------------------------------------------------------------------------------------------------
+
+MILLISECONDS = ("x-total-time", "x-validation-time", "x-queue-time", "x-inference-time", "x-time-per-token")
+COUNTS = ("x-compute-characters", "x-prompt-tokens", "x-generated-tokens")
+CHAT = {"messages": [{"role": "user", "content": "Hé"}]}
+WHOLE_ANSWERS = [
+    (WHOLE, {"inputs": "Hé"}, 2, 4),
+    (COMPAT, {"inputs": "Hé"}, 2, 4),
+    ("/invocations", {"inputs": "Hé"}, 2, 4),
+    ("/v1/chat/completions", CHAT, 19, 20),
+    ("/v1/completions", {"prompt": ["Hé", "a"]}, 3, 6),
+]  # characters of the final prompt, prompt tokens
+
+
+@pytest.mark.parametrize(("path", "body", "num_chars", "num_tokens"), WHOLE_ANSWERS)
+async def test_a_whole_answer_has_every_header(path: str, body: dict[str, Any], num_chars: int, num_tokens: int):
+    headers = (await build_house(say("hello")).post(path, body)).headers
+
+    assert headers["x-compute-type"] == "cpu"
+    assert 0 < float(headers["x-compute-time"]) < 5
+    assert all(headers[name].isdecimal() for name in (*MILLISECONDS, *COUNTS))
+    assert headers["x-compute-characters"] == str(num_chars)
+    assert headers["x-prompt-tokens"] == str(num_tokens)
+    num_sequences = 2 if path == "/v1/completions" else 1
+    assert headers["x-generated-tokens"] == str(6 * num_sequences)
+
+
+STREAMS = [
+    (STREAM, {"inputs": "Hé"}),
+    (COMPAT, {"inputs": "Hé", "stream": True}),
+    ("/v1/chat/completions", CHAT | {"stream": True}),
+    ("/v1/completions", {"prompt": "Hé", "stream": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS)
+async def test_a_stream_has_the_headers_known_before_it(path: str, body: dict[str, Any]):
+    headers = (await build_house(say("hello")).post(path, body)).headers
+
+    assert headers["content-type"] == "text/event-stream"
+    assert headers["cache-control"] == "no-cache"
+    assert headers["x-accel-buffering"] == "no"
+    assert {"x-compute-type", "x-compute-characters"} <= set(headers)
+    assert not {"x-compute-time", *MILLISECONDS, "x-generated-tokens"} & set(headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"inputs": "a"}), ("/chat_tokenize", CHAT), ("/vertex", {"instances": [{"inputs": "a"}]})],
+)
+async def test_other_answers_have_none(path: str, body: dict[str, Any]):
+    headers = (await build_house().post(path, body)).headers
+
+    assert not [name for name in headers if name.startswith(("x-compute", "x-prompt", "x-total"))]
+
+
+async def test_queue_and_inference_times_are_milliseconds():
+    house = build_house(say("hi", queue_ns=12_345_678))
+
+    headers = (await house.post(WHOLE, {"inputs": "a"})).headers
+
+    assert headers["x-queue-time"] == "12"
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    (GenerationError("Server error: boom"), 424, "Request failed during generation: Server error: boom", "generation"),
+    (OverloadedError("Model is overloaded"), 429, "Model is overloaded", "overloaded"),
+    (IncompleteGenerationError("Incomplete generation"), 500, "Incomplete generation", "incomplete_generation"),
+]
+
+
+@pytest.mark.parametrize("path", [WHOLE, STREAM, COMPAT])
+@pytest.mark.parametrize(("error", "status", "text", "error_type"), ERRORS)
+async def test_an_error_before_the_first_token(path: str, error: Any, status: int, text: str, error_type: str):
+    answer = await build_house(say("x", fail_after=0, error=error)).post(path, {"inputs": "a"})
+
+    assert answer.status == status
+    assert answer.json == {"error": text, "error_type": error_type}
+    # TGI has no Retry-After.
+    assert ("retry-after" in answer.headers) == (status == 429)
+
+
+@pytest.mark.parametrize(("error", "status", "text", "error_type"), ERRORS[:2])
+async def test_an_error_in_a_stream_is_its_last_event(error: Any, status: int, text: str, error_type: str):
+    answer = await build_house(say("xyz", fail_after=1, error=error)).post(STREAM, {"inputs": "a"})
+
+    assert answer.status == 200
+    assert answer.events[-1] == {"error": text, "error_type": error_type}
+    assert len(answer.events) == 2
+
+
+async def test_a_model_without_a_template_says_so():
+    answer = await build_house(has_template=False).post("/chat_tokenize", CHAT)
+
+    assert (answer.status, answer.json["error_type"]) == (422, "template_error")
+    assert answer.json["error"].startswith("Template error: ")
+
+
+async def test_an_unhealthy_server_says_so():
+    house = build_house()
+    house.context.probe.health = lambda: asyncio.sleep(0, result=type(house.backend.health_now)(is_ready=False))
+
+    answer = await house.get("/health")
+
+    assert answer.status == 503
+    assert answer.json["error"] == "unhealthy"
+    assert answer.json["error_type"] == "healthcheck"
+
+
+async def test_before_the_model_is_ready_a_generation_says_how_far_it_is():
+    """TGI does not listen yet."""
+    answer = await build_house(state=ServerState.LOADING).post(WHOLE, {"inputs": "a"})
+
+    assert (answer.status, answer.json["error_type"]) == (503, NotReadyError.error_type)
+    assert answer.json["percent"] == 40
+
+
+async def test_a_wrong_key_is_401_and_a_wrong_path_404():
+    """TGI's bodies are empty; ours have the form of every other error."""
+    house = build_house(settings={"api_key": "right-key"})
+
+    for path in (WHOLE, STREAM, COMPAT, "/tokenize", "/invocations", "/vertex"):
+        assert (await house.post(path, {"inputs": "a"})).status == 401
+    assert (await house.get("/nothing")).status == 404
+    assert (await build_house().get("/generate")).status == 405
+
+
+# --- the whole answer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "has_details"),
+    [({}, False), ({"details": True}, True), ({"decoder_input_details": True}, True), ({"details": False}, False)],
+)
+async def test_details_are_there_when_asked_for(parameters: dict[str, Any], has_details: bool):
+    answer = await build_house(say("hi")).post(WHOLE, {"inputs": "a", "parameters": parameters})
+
+    assert ("details" in answer.json) is has_details
+
+
+async def test_prefill_is_empty_unless_asked_for():
+    """TGI wants `--enable-prefill-logprobs` besides; here asking is enough."""
+    house = build_house(say("hi"))
+
+    without = await house.post(WHOLE, {"inputs": "a", "parameters": {"details": True}})
+    asked_for = await house.post(WHOLE, {"inputs": "a", "parameters": {"decoder_input_details": True}})
+
+    assert without.json["details"]["prefill"] == []
+    assert asked_for.json["details"]["prefill"] == [
+        {"id": BOS, "text": "<s>", "logprob": None},
+        {"id": ids_of("a")[0], "text": "a", "logprob": -1.0},
+    ]
+
+
+@pytest.mark.parametrize("parameters", [{}, {"top_n_tokens": 0}, {"top_n_tokens": None}])
+async def test_no_alternatives_is_no_key(parameters: dict[str, Any]):
+    house = build_house(say("hi"))
+
+    whole = await house.post(WHOLE, {"inputs": "a", "parameters": parameters | {"details": True}})
+    stream = await house.post(STREAM, {"inputs": "a", "parameters": parameters})
+
+    assert "top_tokens" not in whole.json["details"]
+    assert "best_of_sequences" not in whole.json["details"]
+    assert all("top_tokens" not in event for event in stream.events)
+
+
+async def test_the_seed_is_null_where_chance_had_no_part():
+    house = build_house(say("hi"))
+
+    greedy = await house.post(WHOLE, {"inputs": "a", "parameters": {"details": True, "seed": 4}})
+    sampled = await house.post(WHOLE, {"inputs": "a", "parameters": {"details": True, "seed": 4, "do_sample": True}})
+
+    assert (greedy.json["details"]["seed"], sampled.json["details"]["seed"]) == (None, 4)
+
+
+async def test_a_character_of_several_tokens_appears_with_its_last():
+    house = build_house(say("é"))
+
+    answer = await house.post(WHOLE, {"inputs": "a", "parameters": {"details": True}})
+
+    assert [token["text"] for token in answer.json["details"]["tokens"]] == ["", "é", "</s>"]
+
+
+async def test_a_logprob_that_is_no_number_is_null():
+    house = build_house(say("h", logprob=float("-inf")))
+
+    whole = await house.post(WHOLE, {"inputs": "a", "parameters": {"details": True}})
+    stream = await house.post(STREAM, {"inputs": "a"})
+
+    assert whole.json["details"]["tokens"][0]["logprob"] is None
+    assert stream.events[0]["token"]["logprob"] is None
+
+
+@pytest.mark.parametrize(
+    ("script", "limit", "reason", "num_tokens"),
+    [
+        (say("hello"), 20, "eos_token", 6),
+        (say("hello"), 3, "length", 3),
+        # Both at once: the end of text wins, where TGI says length.
+        (say("hello"), 6, "eos_token", 6),
+    ],
+)
+async def test_finish_reasons(script: Any, limit: int, reason: str, num_tokens: int):
+    answer = await build_house(script).post(
+        WHOLE, {"inputs": "a", "parameters": {"details": True, "max_new_tokens": limit}}
+    )
+
+    details = answer.json["details"]
+    assert (details["finish_reason"], details["generated_tokens"], len(details["tokens"])) == (
+        reason, num_tokens, num_tokens,
+    )  # fmt: skip
+
+
+STOPS = [("/test", None), ("/test;", "/test;"), ("/test; ", "/test;"), ("a/test;b", "a/test;")]
+
+
+@pytest.mark.parametrize("path", [WHOLE, STREAM])
+@pytest.mark.parametrize(("output", "shown"), STOPS)
+async def test_a_stop_text_ends_the_text_and_stays_in_it(path: str, output: str, shown: str | None):
+    answer = await build_house(say(output)).post(
+        path, {"inputs": "x", "parameters": {"stop": ["/test;"], "details": True}}
+    )
+
+    last = answer.json if path == WHOLE else answer.events[-1]
+    assert last["generated_text"] == (shown or output)
+    assert last["details"]["finish_reason"] == ("stop_sequence" if shown else "eos_token")
+
+
+class TestBestOf:
+    async def test_only_losers_are_listed_and_the_first_of_equals_wins(self):
+        scripts = iter([Script(token_ids=ids_of("one")), Script(token_ids=ids_of("two"))])
+        house = build_house(lambda _: next(scripts))
+
+        answer = await house.post(
+            WHOLE, {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True, "details": True, "top_n_tokens": 1}}
+        )
+
+        details = answer.json["details"]
+        (loser,) = details["best_of_sequences"]
+        assert (answer.json["generated_text"], loser["generated_text"]) == ("one", "two")
+        assert set(loser) == {
+            "generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens", "top_tokens",
+        }  # fmt: skip
+
+    async def test_losers_are_not_shown_without_details(self):
+        answer = await build_house().post(WHOLE, {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}})
+
+        assert set(answer.json) == {"generated_text"}
+
+    async def test_it_takes_a_place_per_sequence(self):
+        house = build_house(settings={"max_concurrent_requests": 1})
+
+        answer = await house.post(WHOLE, {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}})
+
+        assert answer.status == 429
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_events_of_a_stream():
+    house = build_house(say("ab"))
+
+    answer = await house.post(STREAM, {"inputs": "x", "parameters": {"details": True, "top_n_tokens": 1}})
+
+    first, second, last = answer.events
+    assert list(first) == ["index", "token", "top_tokens", "generated_text", "details"]
+    assert [event["index"] for event in answer.events] == [1, 2, 3]
+    assert first["generated_text"] is second["details"] is None
+    assert last["token"] == {"id": EOS, "text": "</s>", "logprob": -0.5, "special": True}
+    assert last["generated_text"] == "ab"
+    assert last["details"] == {"finish_reason": "eos_token", "generated_tokens": 3, "seed": None, "input_length": 2}
+
+
+async def test_a_native_stream_simply_ends():
+    answer = await build_house(say("ab")).post(STREAM, {"inputs": "x"})
+
+    assert b"[DONE]" not in answer.body
+    assert b"event:" not in answer.body
+    assert answer.body.endswith(b'"details":null}\n\n')
+
+
+@pytest.mark.parametrize(
+    ("tag", "shown"), [("text-generation", "abhi"), (None, "abhi"), ("text2text-generation", "hi")]
+)
+async def test_the_root_shows_the_prompt_as_the_models_task_says(tag: str | None, shown: str):
+    from dataclasses import replace
+
+    house = build_house(say("hi"))
+    house.context.model = replace(house.context.model, pipeline_tag=tag)
+
+    whole = await house.post(COMPAT, {"inputs": "ab"})
+    stream = await house.post(COMPAT, {"inputs": "ab", "stream": True})
+    native = await house.post(WHOLE, {"inputs": "ab"})
+
+    assert whole.json == [{"generated_text": shown}]
+    assert stream.events[-1]["generated_text"] == shown
+    assert native.json == {"generated_text": "hi"}
+
+
+# --- small routes -------------------------------------------------------------------------------------------------
+
+
+async def test_tokenize_reads_a_generate_body():
+    house = build_house()
+
+    plain = await house.post("/tokenize", {"inputs": "héy", "parameters": {"top_k": 0}})
+    cut = await house.post("/tokenize", {"inputs": "abcdef", "parameters": {"truncate": 3}})
+
+    assert plain.json[0] == {"id": BOS, "text": "", "start": 0, "stop": 0}
+    assert plain.json[-1] == {"id": ids_of("y")[0], "text": "y", "start": 3, "stop": 4}
+    # TGI ignores it.
+    assert [token["text"] for token in cut.json] == ["", "e", "f"]
+
+
+async def test_info_has_tgis_fields():
+    answer = await build_house().get("/info")
+
+    assert {
+        "model_id", "model_sha", "model_pipeline_tag", "max_concurrent_requests", "max_best_of", "max_stop_sequences",
+        "max_input_tokens", "max_total_tokens", "validation_workers", "max_client_batch_size", "router", "version",
+        "sha", "docker_label",
+    } <= set(answer.json)  # fmt: skip
+    assert answer.json["router"] == "text-generation-router"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ping"])
+async def test_health_is_200_and_empty(path: str):
+    answer = await build_house().get(path)
+
+    assert (answer.status, answer.body) == (200, b"")
+
+
+async def test_metrics_are_prometheus_text():
+    answer = await build_house().get("/metrics")
+
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert b"# TYPE tgi_request_count counter\ntgi_request_count 0\n" in answer.body
