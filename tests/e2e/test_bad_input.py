@@ -101,10 +101,19 @@ class Answer:
 
 
 def ask(server: RunningServer, path: str, body: str) -> Answer:
-    """Send a body. A stream that begins well is left at once: what it would say is not in question here."""
+    """Send a body, again when the server is too busy to look at it.
+
+    A stream that begins well is left at once: what it would say is not in question here.
+    """
     content = body.encode("utf-8", errors="surrogatepass")
-    with server.http.stream("POST", path, content=content, headers={"content-type": "application/json"}) as answer:
-        return Answer(answer.status_code, "" if answer.status_code == 200 else answer.read().decode())
+
+    def send() -> Answer | None:
+        with server.http.stream("POST", path, content=content, headers={"content-type": "application/json"}) as reply:
+            text = "" if reply.status_code == 200 else reply.read().decode()
+            return None if reply.status_code == 429 else Answer(reply.status_code, text)
+
+    answer: Answer = server.wait_until(send, "a place for the request")
+    return answer
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: f"{door.path} {door.fields[0]}")
