@@ -2,8 +2,8 @@
 or anything else, is installed.
 
     python -m weft.kernels.cpu.build                       # next to the sources
-    python -m weft.kernels.cpu.build --sanitize address    # also: undefined, thread
     python -m weft.kernels.cpu.build --output-dir DIR --compiler clang++
+    python -m weft.kernels.cpu.build --output-dir DIR --sanitize thread --program FILE.cpp    # also: address, undefined
 """
 
 import argparse
@@ -73,7 +73,8 @@ class BuildOptions:
         """Flags of every translation unit."""
         if not self.sanitizer:
             return COMMON_FLAGS
-        return (*COMMON_FLAGS, f"-fsanitize={self.sanitizer}", "-fno-omit-frame-pointer", "-g", "-O1")
+        instrument = (f"-fsanitize={self.sanitizer}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+        return (*COMMON_FLAGS, *instrument, "-g", "-O1")
 
 
 def source_hash(options: BuildOptions | None = None) -> str:
@@ -127,7 +128,26 @@ def build(output_dir: Path, options: BuildOptions | None = None) -> Path:
     return library
 
 
+def build_program(program: Path, output_dir: Path, options: BuildOptions | None = None) -> Path:
+    """An executable of the kernels and one file with a `main`, named as that file. Raises BuildError."""
+    options = options or BuildOptions()
+    compiler = find_compiler(options)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".build-") as scratch:
+        objects = _compile_units(compiler, Path(scratch), options)
+        executable = output_dir / program.stem
+        _run([compiler, *options.flags(), str(program), *map(str, objects), "-o", str(executable)])
+    return executable
+
+
 def _compile(compiler: str, scratch: Path, options: BuildOptions) -> Path:
+    objects = _compile_units(compiler, scratch, options)
+    library = scratch / "library.so"
+    _run([compiler, *options.flags(), "-shared", *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _compile_units(compiler: str, scratch: Path, options: BuildOptions) -> list[Path]:
     define = f'-DWEFT_SOURCE_HASH="{source_hash(options)}"'
 
     def compile_unit(unit: str) -> Path:
@@ -137,10 +157,7 @@ def _compile(compiler: str, scratch: Path, options: BuildOptions) -> Path:
 
     # The largest unit first, so that it does not run alone at the end.
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compile_unit, reversed(UNITS)))
-    library = scratch / "library.so"
-    _run([compiler, *options.flags(), "-shared", *map(str, objects), "-o", str(library)])
-    return library
+        return list(pool.map(compile_unit, reversed(UNITS)))
 
 
 def _run(command: list[str]) -> None:
@@ -177,12 +194,17 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=SOURCE_DIR, help="default: next to the sources")
     parser.add_argument("--compiler", default="", help=f"default: the first of {', '.join(COMPILERS)}")
     parser.add_argument("--sanitize", default="", choices=("", *SANITIZERS))
+    parser.add_argument("--program", type=Path, help="build an executable with this file instead of the library")
     arguments = parser.parse_args()
+    options = BuildOptions(compiler=arguments.compiler, sanitizer=arguments.sanitize)
     try:
-        library = build(arguments.output_dir, BuildOptions(compiler=arguments.compiler, sanitizer=arguments.sanitize))
+        if arguments.program:
+            built = build_program(arguments.program, arguments.output_dir, options)
+        else:
+            built = build(arguments.output_dir, options)
     except BuildError as error:
         sys.exit(f"weft: CPU kernels not built: {error}")
-    print(library)  # noqa: T201 - a command
+    print(built)  # noqa: T201 - a command
 
 
 if __name__ == "__main__":
