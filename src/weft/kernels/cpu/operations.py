@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from weft.errors import InvariantBroken
+from weft.kernels.cpu.arena import WeightArena
 from weft.kernels.cpu.library import load
 from weft.kernels.packed import PackedLinear
 
@@ -13,6 +14,9 @@ ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1}
 
 DTYPES = frozenset(DTYPE_CODES)
 """What the compiled kernels compute with."""
+
+WEIGHTS = WeightArena()
+"""Where this process keeps its packed weights."""
 
 
 def library() -> ctypes.CDLL:
@@ -27,7 +31,7 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     """Panels of 32 outputs, see `kernels.h`."""
     out_features, in_features = weight.shape
     code = DTYPE_CODES[weight.dtype]
-    data = torch.empty(library().weft_packed_bytes(out_features, in_features, code), dtype=torch.uint8)
+    data = WEIGHTS.take(library().weft_packed_bytes(out_features, in_features, code))
     library().weft_pack_panels(weight.data_ptr(), weight.stride(0), data.data_ptr(), out_features, in_features, code)
     return PackedLinear(
         layout="panels",
