@@ -86,6 +86,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def set_autogroup(process_id: int | str, nice: int | None) -> None:
+    """Give a session of processes another share of the CPU than the machine's other sessions have (Linux, root)."""
+    if nice is not None:
+        Path(f"/proc/{process_id}/autogroup").write_text(str(nice))
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -94,7 +100,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    server: Server, launch: Launch, port: int, log_file: Path
+    server: Server, launch: Launch, port: int, log_file: Path, nice: int | None
 ) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """The server's process and its start-up seconds; ended with everything it started on leaving."""
     command = [part.replace("{port}", str(port)) for part in launch.command]
@@ -109,6 +115,7 @@ def running(
             start_new_session=True,
         )
     try:
+        set_autogroup(process.pid, nice)
         wait_until_ready(process, port, started + START_TIMEOUT_S)
         yield process, time.perf_counter() - started
     finally:
@@ -188,12 +195,14 @@ def check_lengths(replies: list[Reply], prompt_tokens: int, output_tokens: int) 
             return
 
 
-def measure_server(server: Server, profiles: list[Profile], writer: PromptWriter, sitting: Sitting, log: Path) -> None:
+def measure_server(
+    server: Server, profiles: list[Profile], writer: PromptWriter, sitting: Sitting, log: Path, nice: int | None
+) -> None:
     by_name = {profile.name: profile for profile in profiles}
     for number, (launch, names) in enumerate(server.launches_for(list(by_name))):
         sitting.bandwidth_gb_per_s.append(measure_read_bandwidth())
         port = free_port()
-        with running(server, launch, port, log) as (process, startup_s):
+        with running(server, launch, port, log, nice) as (process, startup_s):
             if number == 0:
                 sitting.startup_s.setdefault(server.label, []).append(startup_s)
             say(f"  {server.label:26} ready after {startup_s:.1f} s")
@@ -275,6 +284,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="share of each profile's requests to send")
     parser.add_argument("--seed", type=int, default=None, help="of the prompts; new ones in every run when absent")
+    parser.add_argument("--autogroup-nice", type=int, help="-20 to 19: CPU share on a shared Linux machine")
     parser.add_argument("--json", type=Path, help="where to write everything measured")
     return parser.parse_args()
 
@@ -299,6 +309,7 @@ def main() -> None:
     arguments = parse_arguments()
     # Leave through `finally`, so that no server outlives its measurement.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    set_autogroup("self", arguments.autogroup_nice)
     profiles = [PROFILES[name].scaled(arguments.scale) for name in arguments.profile or DEFAULT_PROFILES]
     gguf = fetch_model(arguments.model)
     ours, peers = choose_servers(arguments, gguf)
@@ -311,10 +322,11 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for server in [*ours, *peers]:
                 try:
-                    measure_server(server, profiles, writer, sitting, log)
+                    measure_server(server, profiles, writer, sitting, log, arguments.autogroup_nice)
                 except ServerEndedError as error:
                     say(f"  {server.label}: {error}; see {log}")
     finally:
+        set_autogroup("self", None if arguments.autogroup_nice is None else 0)
         if arguments.json:
             arguments.json.write_text(json.dumps(sitting.as_json(), indent=1) + "\n")
     print_report(sitting, ours, peers)
