@@ -22,12 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft.config import Settings
 from weft.core.request import FinishReason
 from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
-from weft.router import anthropic, cloud, health, native, openai, openapi, responses
+from weft.router import anthropic, cloud, embeddings, health, native, openai, openapi, responses
 from weft.router.body import read_body, require_json
 from weft.router.context import RouterContext
 from weft.router.error_replies import body_of, dialect_of, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
+from weft.router.request_trace import end_span, start_span
 from weft.router.routes import Access, Route, RouteTable
 from weft.router.schemas_anthropic import (
     AnthropicAnswer,
@@ -60,6 +61,7 @@ from weft.router.schemas_openai import (
     ChatRequest,
     Completion,
     CompletionRequest,
+    EmbeddingsRequest,
     Model,
     ModelList,
 )
@@ -145,6 +147,11 @@ ROUTES: tuple[Route, ...] = (
         method="POST", path="/v1/messages/count_tokens", handler=anthropic.count_message_tokens, access=Access.USER,
         summary="Tokens that a conversation has", tag="Anthropic", body=CountTokensRequest, answer=TokensCount,
         example=_MESSAGES_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/v1/embeddings", handler=embeddings.embeddings, access=Access.USER,
+        summary="Refused: the model generates text", tag="OpenAI", body=EmbeddingsRequest, answer_type="",
+        example={"input": "What is deep learning?"},
     ),
     Route(
         method="GET", path="/v1/models", handler=openai.models, access=Access.USER,
@@ -318,7 +325,7 @@ class Dispatch:
         self._table = table
         self._auth = KeyCheck(context)
         self._accounts = GenerationAccounts(context)
-        context.account = self._accounts.add
+        context.account = self._account_later
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -330,6 +337,8 @@ class Dispatch:
         try:
             route = self._table.find(exchange)
             exchange.route, exchange.speaks_like = route.path, route.speaks_like
+            if route.body is not None:
+                start_span(self._context, exchange)
             self._auth.check(route, exchange)
             await self._handle(route, exchange)
         except RequestError as error:
@@ -337,8 +346,16 @@ class Dispatch:
         except Exception:  # a border: whatever a handler raises, the client gets an answer and the server lives
             log.exception("request.bug", request_id=exchange.request_id, route=exchange.route)
             await self._fail(exchange, InternalError("The server made a mistake with this request; it is logged"))
+        finally:
+            if not exchange.generates_later:
+                end_span(self._context, exchange)
         if route is not None and route.generates and not exchange.generates_later:
             self._accounts.add(exchange)
+
+    def _account_later(self, exchange: Exchange) -> None:
+        """What was answered before it was generated is over now."""
+        end_span(self._context, exchange)
+        self._accounts.add(exchange)
 
     async def _handle(self, route: Route, exchange: Exchange) -> None:
         if route.body is None:

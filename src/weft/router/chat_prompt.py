@@ -10,7 +10,7 @@ from weft.text.chat import JsonObject
 
 
 async def render_chat(body: ChatRequest, model: ServedModel) -> str:
-    """The prompt of a conversation. Raises TemplateError.
+    """The prompt of a conversation. Raises TemplateError, ValidationError.
 
     A conversation that ends with an assistant's message is continued, not answered: the prompt ends with that text
     without white space behind it (TGI's behaviour), unless `add_generation_prompt` or `continue_final_message` say
@@ -18,6 +18,8 @@ async def render_chat(body: ChatRequest, model: ServedModel) -> str:
     """
     if model.chat_template is None:
         raise TemplateError("The model has no chat template. Use a plain completion, or serve a model that has one.")
+    if not body.messages:
+        raise ValidationError("`messages` must hold at least one message. Given: 0", field="messages")
     last = body.messages[-1]
     is_answered = last.role != "assistant" or bool(last.tool_calls) or bool(body.add_generation_prompt)
     continues = not is_answered if body.continue_final_message is None else body.continue_final_message

@@ -144,13 +144,13 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
     elif route.answer_type and route.answer_type != _EVENT_STREAM:
         content[route.answer_type] = {"schema": {"type": "string"}}
     if route.event is not None:
-        content[_EVENT_STREAM] = {"schema": _any_of(route.event, schema_of)}
+        content[_EVENT_STREAM] = {"schema": _event_schema(route, schema_of)}
     answer: JsonObject = {"description": "Success"}
     if content:
         answer["content"] = content
     responses: JsonObject = {"200": answer}
     dialect = dialect_of(route.path)
-    error_schema = schema_of[repr(_ERROR_TYPES[dialect])]
+    error_schema = _any_of(_error_types(route), schema_of)
     expected = _ON_ALL_ROUTES if route.body is None else frozenset(status for status, _ in _ERRORS)
     if route.body is None and "{" in route.path:
         expected |= _ON_THINGS
@@ -159,6 +159,25 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
             continue
         responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error_schema}}}
     return responses
+
+
+def _error_types(route: Route) -> tuple[object, ...]:
+    """How a route says errors: one that reads bodies of several dialects answers in the body's."""
+    own = _ERROR_TYPES[dialect_of(route.path)]
+    return (ErrorResponse, OpenAIError) if isinstance(route.body, tuple) else (own,)
+
+
+def _event_schema(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
+    """One server-sent event: its lines, and the JSON in its data. A stream that fails ends with an error."""
+    errors = _error_types(route)
+    kinds = (*_alternatives(route.event), *(kind for kind in errors if kind not in _alternatives(route.event)))
+    content: JsonObject = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": _any_of(kinds, schema_of),
+    }
+    data: JsonObject = {"anyOf": [content, {"const": "[DONE]"}]} if OpenAIError in errors else content
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": data}, "required": ["data"]}
 
 
 def _alternatives(kinds: object) -> tuple[object, ...]:

@@ -117,6 +117,16 @@ class CompletionRequest(SamplingFields, kw_only=True):
     suffix: Annotated[str | None, Meta(description="Refused")] = None
 
 
+class EmbeddingsRequest(Struct, kw_only=True):
+    """Body of /v1/embeddings."""
+
+    input: Annotated[str | list[str | int | list[int]], Meta(description="Text, token ids, or a list of either")]
+    model: Annotated[str | None, Meta(description="A name of /v1/models")] = None
+    dimensions: int | None = None
+    encoding_format: Annotated[str | None, Meta(description="float or base64")] = None
+    user: str | None = None
+
+
 # --- answers ------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,14 @@ function rangeOf(schema) {
   return [low !== undefined ? `≥ ${low}` : "", high !== undefined ? `≤ ${high}` : ""].filter(Boolean).join(", ");
 }
 
+// What the data of a server-sent event holds: one table per type that it may have.
+function eventTables(spec, schema) {
+  const data = schema.properties.data;
+  const content = (data.anyOf ? data.anyOf[0] : data).contentSchema;
+  const types = content.anyOf || [content];
+  return types.map((type) => make("div", {}, make("p", { class: "what" }, typeName(type)), fieldsTable(spec, type)));
+}
+
 function fieldsTable(spec, schema) {
   const shown = resolve(spec, schema.type === "array" ? schema.items : schema) || {};
   const required = new Set(shown.required || []);
@@ -114,7 +122,7 @@ function routeCard(spec, path, method, operation) {
     if (body.childElementCount) return;
     if (media) body.append(make("h3", {}, "Body"), fieldsTable(spec, media.schema));
     if (answers[JSON_TYPE]) body.append(make("h3", {}, "Answer"), fieldsTable(spec, answers[JSON_TYPE].schema));
-    if (answers[STREAM]) body.append(make("h3", {}, "Event of a stream"), fieldsTable(spec, answers[STREAM].schema));
+    if (answers[STREAM]) body.append(make("h3", {}, "Events of a stream"), ...eventTables(spec, answers[STREAM].schema));
     const errors = Object.entries(operation.responses).filter(([code]) => code !== "200");
     if (errors.length) {
       const rows = errors.map(([code, answer]) => make("tr", {}, make("td", {}, code), make("td", {}, answer.description)));
