@@ -61,6 +61,11 @@ class Limits:
 
     # Telemetry.
     max_label_values: int = 512
+    max_trace_queue_spans: int = 4096
+    max_trace_batch_spans: int = 512
+    trace_interval_s: float = 2.0
+    trace_export_timeout_s: float = 10.0
+    trace_flush_s: float = 1.0
 
     def as_dict(self) -> dict[str, float]:
         """Name → number, for the metrics page and the documentation."""

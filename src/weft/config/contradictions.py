@@ -13,6 +13,8 @@ from weft.config.settings import Settings, options
 # A socket's path has 104 bytes on the tightest system; what is added here is like "-abcdefgh/shard-63.sock".
 _MAX_SOCKET_PREFIX_BYTES = 80
 
+_COLLECTOR = re.compile(r"(https?://)?([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/?")
+
 
 def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]]) -> Iterator[str]:
     """Settings that are right alone and wrong together, or that name something that is not there."""
@@ -38,16 +40,25 @@ def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]])
         yield f"--tenant-header: must be the name of a header. Given: {quoted(s.tenant_header)}."
     if s.api_key is not None and not (s.api_key.isascii() and s.api_key.isprintable()):
         yield "--api-key: must be printable ASCII, as HTTP headers are. Given: a secret."
-    for name in ("aip_predict_route", "aip_health_route"):
-        path = getattr(s, name)
-        if path is not None and not re.fullmatch(r"/[A-Za-z0-9._~:/@%+-]*", path):
-            yield f"${name.upper()}: must be the path of a route, beginning with /. Given: {quoted(path)}."
-    if not s.hub_endpoint.startswith(("http://", "https://")):
-        yield f"--hub-endpoint: must begin with https:// or http://. Given: {quoted(s.hub_endpoint)}."
+    yield from _address_faults(s)
     yield from (f"--cors-allow-origin: {fault}" for fault in _origin_faults(s.cors_allow_origin))
     yield from _missing_files(s)
     if not is_ip_address(s.hostname) and not addresses_of(s.hostname):
         yield f"--hostname: {quoted(s.hostname)} does not resolve; give an address of this machine or 0.0.0.0."
+
+
+def _address_faults(settings: Settings) -> Iterator[str]:
+    if settings.otlp_endpoint is not None and not _COLLECTOR.fullmatch(settings.otlp_endpoint):
+        yield (
+            "--otlp-endpoint: must be http://HOST:PORT, https://HOST:PORT or HOST:PORT, without a path (traces go "
+            f"over gRPC). Given: {quoted(settings.otlp_endpoint)}."
+        )
+    for name in ("aip_predict_route", "aip_health_route"):
+        path = getattr(settings, name)
+        if path is not None and not re.fullmatch(r"/[A-Za-z0-9._~:/@%+-]*", path):
+            yield f"${name.upper()}: must be the path of a route, beginning with /. Given: {quoted(path)}."
+    if not settings.hub_endpoint.startswith(("http://", "https://")):
+        yield f"--hub-endpoint: must begin with https:// or http://. Given: {quoted(settings.hub_endpoint)}."
 
 
 def _origin_faults(origins: Sequence[str]) -> Iterator[str]:

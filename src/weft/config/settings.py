@@ -248,9 +248,11 @@ class Settings:
     log_level: str = _row("info", LOG_LEVEL, TELEMETRY,
         "Least level to log", is_tgi=True, choices=("debug", "info", "warn", "error"))
     log_colorize: bool | None = _row(None, TRUTH, TELEMETRY, "Colours in the log", is_tgi=True, auto="on a terminal")
-    otlp_endpoint: str | None = _row(None, TEXT, TELEMETRY, "Collector that gets traces", is_tgi=True, works=(None,))
+    otlp_endpoint: str | None = _row(None, TEXT, TELEMETRY,
+        "Collector that gets traces over OTLP/gRPC, for example http://localhost:4317; https encrypts. Its headers and "
+        "certificates: OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS …)", is_tgi=True, auto="no traces")
     otlp_service_name: str = _row("text-generation-inference.router", TEXT, TELEMETRY,
-        "Service name in traces; read for compatibility as long as there are no traces", is_tgi=True)
+        "Service name in traces; shards have the same, or .server where it ends in .router", is_tgi=True)
     usage_stats: str = _row("off", TEXT, TELEMETRY,
         "Read for compatibility: no usage statistics are ever sent", is_tgi=True, choices=("on", "off", "no-stack"))
     env: bool = _row(False, SWITCH, TELEMETRY, "Log versions, machine and devices at the start", short="-e")

@@ -14,6 +14,7 @@ from weft.router.served import ServedModel
 from weft.router.store import LiveResponse, ResponseStore
 from weft.router.stream import StreamWatch
 from weft.telemetry.metrics import Registry
+from weft.telemetry.tracing import Tracing
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class RouterContext:
     backend: Backend
     clock: Clock
     metrics: Registry = field(default_factory=Registry)
+    tracing: Tracing | None = None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     admission: Admission = field(init=False)
     streams: StreamWatch = field(init=False)

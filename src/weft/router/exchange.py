@@ -16,6 +16,7 @@ from weft.core.clock import Clock
 from weft.errors import RequestError
 from weft.limits import LIMITS
 from weft.telemetry.metrics import Registry
+from weft.telemetry.tracing import OpenSpan
 
 log = structlog.get_logger("weft.http")
 
@@ -79,6 +80,8 @@ class Exchange:
     max_new_tokens: int = 0
     finish_reason: str = ""
     error: RequestError | None = None
+    span: OpenSpan | None = None
+    """Where the request is traced; None without a collector."""
     end_stream: Callable[[RequestError], Awaitable[None]] | None = None
     """Set while an event stream is open: how it says that it failed."""
     generates_later: bool = False

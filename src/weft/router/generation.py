@@ -15,6 +15,7 @@ from weft.errors import IncompleteGenerationError, RequestError
 from weft.router.backend import Backend, TokenBatch
 from weft.router.context import RouterContext
 from weft.router.exchange import Exchange, RawHeaders
+from weft.router.request_trace import note_requests
 from weft.router.sequence_text import SequenceText
 
 Progress = tuple[SequenceText, TokenBatch]
@@ -44,6 +45,7 @@ class Generation:
         self._places.enter_context(self._context.admission.admit(len(self._requests)))
         self._context.lifecycle.generation_started()
         self._exchange.stage = "queue"
+        note_requests(self._context, self._exchange, self._requests)
         self._exchange.max_new_tokens = self._requests[0].stop.max_new_tokens
         self._exchange.timings.queued_ns = self._context.clock.now_ns()
         return self

@@ -77,6 +77,10 @@ def collect_gauges(context: RouterContext) -> None:
     permits = metrics.gauge("weft_admission_permits")
     permits.set(context.admission.capacity, "total")
     permits.set(context.admission.used, "used")
+    if context.tracing is not None:
+        counts, spans = context.tracing.counts, metrics.counter("weft_trace_spans")
+        for result, count in (("ended", counts.ended), ("delivered", counts.delivered), ("failed", counts.failed)):
+            spans.set_to(count, result)
     metrics.gauge("vllm:lora_requests_info").set(time.time(), "0", "", "")
     metrics.gauge("weft_build_info").set(1, context.version, context.settings.shown_model_name)
     for name, value in LIMITS.as_dict().items():

@@ -26,6 +26,7 @@ import uvloop
 from starlette.types import ASGIApp
 from uvicorn._types import ASGI3Application
 
+import weft
 from weft.config import Settings, load_settings
 from weft.core.clock import Clock
 from weft.core.info import EngineInfo
@@ -40,6 +41,7 @@ from weft.router.protocol import HttpServer, LimitedHttpProtocol
 from weft.router.served import SamplingDefaults, ServedModel
 from weft.telemetry import logging as weft_logging
 from weft.telemetry.metrics import Registry
+from weft.telemetry.tracing import open_tracing
 from weft.text.assets import TextAssets, load_text_assets
 from weft.text.chat import ChatTemplate
 
@@ -133,7 +135,10 @@ class RouterProcess:
             on_delivery=self._engine_metrics.note_delivery,
             on_connection=self._on_connection,
         )
-        self._context = RouterContext(settings=self._settings, backend=self._backend, clock=clock, metrics=metrics)
+        tracing = open_tracing(self._settings, "router", weft.__version__, clock)
+        self._context = RouterContext(
+            settings=self._settings, backend=self._backend, clock=clock, metrics=metrics, tracing=tracing
+        )
         self._server = HttpServer(http_config(build_app(self._context)))
         self._context.num_connections = lambda: len(self._server.server_state.connections)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -143,6 +148,8 @@ class RouterProcess:
         await self._end_streams()
         if self._context.responses is not None:
             await self._context.responses.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         return self._exit_code
 
     # --- what the launcher says -----------------------------------------------------------------------------------

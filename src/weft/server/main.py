@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 import structlog
 
+from weft import __version__
 from weft.config import Settings, load_settings
 from weft.core.clock import Clock
 from weft.errors import EngineFatal, StartupError
@@ -28,9 +29,11 @@ from weft.runner.worker import run_plans
 from weft.scheduler.scheduler import Scheduler
 from weft.server.engine import Engine
 from weft.server.executor import Executor, LocalExecutor, ShardExecutor
+from weft.server.request_spans import RequestSpans
 from weft.server.service import GenerationService
 from weft.server.startup import PhaseTimer, StartedRank, start_rank
 from weft.telemetry import logging as weft_logging
+from weft.telemetry.tracing import open_tracing
 
 log = structlog.get_logger("weft.shard")
 
@@ -84,7 +87,8 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
         loop.add_signal_handler(number, stop.set)
     clock = SystemClock()
     url = f"unix://{run_dir / 'shard-0.sock'}"
-    service = GenerationService(clock, [url])
+    tracing = open_tracing(settings, "shard-0", __version__, clock)
+    service = GenerationService(clock, [url], None if tracing is None else RequestSpans(tracing, clock))
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", LIMITS.max_wire_message_bytes),
@@ -130,6 +134,8 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
     if fatal:
         raise fatal[0]
     await loop.run_in_executor(None, engine.stop)
+    if tracing is not None:
+        await loop.run_in_executor(None, tracing.close)
     return 0
 
 

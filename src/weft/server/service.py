@@ -22,6 +22,7 @@ from weft.proto import convert
 from weft.proto.v1 import generate_pb2 as pb
 from weft.proto.v1 import generate_pb2_grpc
 from weft.server.engine import Engine
+from weft.server.request_spans import RequestSpans
 
 log = structlog.get_logger("weft.service")
 
@@ -61,14 +62,15 @@ class _Stream:
 class GenerationService(generate_pb2_grpc.GenerationServicer):
     """Implements `weft.v1.Generation`; the engine arrives when the model is loaded."""
 
-    def __init__(self, clock: Clock, urls: Sequence[str]) -> None:
-        """`urls`: sockets that a router may connect to, rank 0 first."""
+    def __init__(self, clock: Clock, urls: Sequence[str], spans: RequestSpans | None = None) -> None:
+        """`urls`: sockets that a router may connect to, rank 0 first. `spans`: None without a collector."""
         self._clock = clock
         self._urls = tuple(urls)
         self._loop = asyncio.get_running_loop()
         self._serving: _Serving | None = None
         self._owners: dict[RequestId, _Stream] = {}
         self._stats = EngineStats()
+        self._spans = spans
 
     def open(self, engine: Engine, info: EngineInfo, warmup_seconds: float) -> None:
         """From here on requests are accepted."""
@@ -154,8 +156,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
                 case "abort":
                     request_id = RequestId(frame.abort.request_id)
                     if request_id in stream.request_ids:
-                        self._forget(request_id)
-                        serving.engine.abort(request_id)
+                        self._abort(request_id, serving.engine)
                 case unknown:
                     log.warning("service.unknown_frame", kind=unknown)
 
@@ -173,6 +174,8 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             failure = FailureEvent(request_id=request_id, code=error.code, message=error.message)
             stream.put([failure], self._stats)
             return
+        if self._spans is not None:
+            self._spans.begin(request)
         self._owners[request_id] = stream
         stream.request_ids.add(request_id)
 
@@ -184,6 +187,8 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             if owner is None:
                 continue
             by_stream.setdefault(owner, []).append(event)
+            if self._spans is not None:
+                self._spans.note(event)
             if isinstance(event, FailureEvent) or event.finish_reason is not None:
                 self._forget(event.request_id)
         if stats.step_tokens and not by_stream:
@@ -212,5 +217,10 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
 
     def _abort_requests_of(self, stream: _Stream, engine: Engine) -> None:
         for request_id in list(stream.request_ids):
-            self._forget(request_id)
-            engine.abort(request_id)
+            self._abort(request_id, engine)
+
+    def _abort(self, request_id: RequestId, engine: Engine) -> None:
+        self._forget(request_id)
+        if self._spans is not None:
+            self._spans.abort(request_id)
+        engine.abort(request_id)

@@ -137,6 +137,9 @@ _OWN_METRICS: tuple[MetricSpec, ...] = (
     _gauge("weft_kv_usage_ratio", "Share of the KV pool's blocks that running sequences hold"),
     _counter("weft_prefix_query_tokens", "Prompt tokens looked up in the prefix index"),
     _counter("weft_prefix_hit_tokens", "Prompt tokens found in the prefix index"),
+    _counter(
+        "weft_trace_spans", "Spans of the router: ended, delivered, failed; the rest waits or was dropped", "result"
+    ),
     # Facts.
     _gauge("weft_ready", "1 when generation requests are accepted"),
     _gauge("weft_build_info", "Always 1; the labels say what runs", "version", "model_id"),
