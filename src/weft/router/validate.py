@@ -266,8 +266,8 @@ def fit_openai(num_prompt_tokens: int, checked: Checked, model: ServedModel, fie
     if checked.max_new_tokens is not None and checked.max_new_tokens > room:
         raise ContextLengthError(
             f"This model's maximum context length is {model.max_total_tokens} tokens. Given: {num_prompt_tokens} in "
-            f"`{field}` and `{checked.max_new_tokens_field}` {checked.max_new_tokens}. Ask for at most {room} or shorten "
-            f"`{field}`",
+            f"`{field}` and `{checked.max_new_tokens_field}` {checked.max_new_tokens}. Ask for at most {room}, or "
+            f"shorten `{field}`",
             field=checked.max_new_tokens_field,
         )
     return room if checked.max_new_tokens is None else checked.max_new_tokens
