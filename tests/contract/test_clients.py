@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -116,6 +117,126 @@ class TestOpenAI:
             text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
         assert text == TEXT
+
+
+class TestOpenAIResponses:
+    @pytest.fixture
+    def client(self, live: Live) -> Iterator[openai.OpenAI]:
+        with openai.OpenAI(base_url=f"{live.url}/v1", api_key=KEY, max_retries=0) as client:
+            yield client
+
+    def test_create_and_go_on(self, client: openai.OpenAI):
+        first = client.responses.create(model="tgi", input="Hi", instructions="Be brief")
+        second = client.responses.create(model="tgi", input=MESSAGES, previous_response_id=first.id)
+
+        assert first.output_text == second.output_text == TEXT
+        assert first.status == "completed"
+        assert second.usage.total_tokens == second.usage.input_tokens + second.usage.output_tokens
+        assert client.responses.retrieve(first.id).output_text == TEXT
+        items = client.responses.input_items.list(second.id, order="asc")
+        assert [item.content[0].text for item in items] == ["Hi", TEXT, "Hi"]
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+
+    def test_stream(self, client: openai.OpenAI):
+        events = list(client.responses.create(model="tgi", input="Hi", stream=True))
+
+        assert [type(event).__name__ for event in events[:4]] == [
+            "ResponseCreatedEvent",
+            "ResponseInProgressEvent",
+            "ResponseOutputItemAddedEvent",
+            "ResponseContentPartAddedEvent",
+        ]
+        assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == TEXT
+        assert events[-1].type == "response.completed"
+        assert events[-1].response.output_text == TEXT
+
+    def test_stream_helper(self, client: openai.OpenAI):
+        with client.responses.stream(model="tgi", input="Hi") as stream:
+            for _ in stream:
+                pass
+            response = stream.get_final_response()
+
+        assert response.output_text == TEXT
+
+    def test_background(self, client: openai.OpenAI):
+        begun = client.responses.create(model="tgi", input="Hi", background=True, stream=True)
+        events = list(begun)
+        response_id = events[0].response.id
+
+        again = list(client.responses.retrieve(response_id, stream=True, starting_after=3))
+
+        assert [event.sequence_number for event in again] == [event.sequence_number for event in events[4:]]
+        with pytest.raises(openai.BadRequestError):
+            client.responses.cancel(response_id)
+
+    def test_input_tokens(self, client: openai.OpenAI):
+        counted = client.responses.input_tokens.count(model="tgi", input="Hi")
+
+        assert counted.input_tokens == client.responses.create(model="tgi", input="Hi").usage.input_tokens
+
+    def test_embeddings_are_refused(self, client: openai.OpenAI):
+        with pytest.raises(openai.BadRequestError, match="embedding"):
+            client.embeddings.create(model="tgi", input="Hi")
+
+
+class TestAnthropic:
+    @pytest.fixture
+    def client(self, live: Live) -> Iterator[anthropic.Anthropic]:
+        with anthropic.Anthropic(base_url=live.url, api_key=KEY, max_retries=0) as client:
+            yield client
+
+    def test_create(self, client: anthropic.Anthropic):
+        message = client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES, system="Be brief")
+
+        assert message.content[0].text == TEXT
+        assert message.stop_reason == "end_turn"
+        assert message._request_id
+
+    def test_stream(self, client: anthropic.Anthropic):
+        with client.messages.stream(model="tgi", max_tokens=99, messages=MESSAGES) as stream:
+            text = "".join(stream.text_stream)
+            message = stream.get_final_message()
+
+        assert text == message.content[0].text == TEXT
+        assert message.usage.output_tokens == len(TEXT.encode()) + 1
+
+    def test_raw_events(self, client: anthropic.Anthropic):
+        events = list(client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES, stream=True))
+
+        assert events[0].type == "message_start"
+        assert events[-1].type == "message_stop"
+
+    def test_count_tokens(self, client: anthropic.Anthropic):
+        count = client.messages.count_tokens(model="tgi", messages=MESSAGES)
+
+        message = client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES)
+        assert count.input_tokens == message.usage.input_tokens + message.usage.cache_read_input_tokens
+
+    def test_a_bearer_token_is_a_key_too(self, live: Live):
+        with anthropic.Anthropic(base_url=live.url, auth_token=KEY, max_retries=0) as client:
+            assert client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES).role == "assistant"
+
+    @pytest.mark.parametrize(
+        ("error", "fields"),
+        [
+            (anthropic.BadRequestError, {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}),
+            (anthropic.NotFoundError, {"model": "claude"}),
+        ],
+    )
+    def test_errors_are_the_exceptions_of_the_client(self, client: anthropic.Anthropic, error: type, fields: dict):
+        with pytest.raises(error) as caught:
+            client.messages.create(**{"model": "tgi", "max_tokens": 9, "messages": MESSAGES, **fields})
+
+        assert caught.value.body["type"] == "error"
+        assert caught.value.request_id
+
+    async def test_the_asynchronous_client(self, live: Live):
+        async with anthropic.AsyncAnthropic(base_url=live.url, api_key=KEY, max_retries=0) as client:
+            message = await client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES)
+
+        assert message.content[0].text == TEXT
 
 
 class TestHuggingFaceHub:

@@ -1,6 +1,7 @@
 """The store keeps what it can, drops the oldest, and is found by its tenant only."""
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from collections.abc import AsyncIterator
@@ -146,7 +147,8 @@ async def test_two_processes_may_write_at_once(tmp_path: Path):
     written = await asyncio.gather(*(stores[index % 2].put(record(str(index))) for index in range(40)))
 
     assert all(written)
-    [count] = sqlite3.connect(tmp_path / "s.sqlite").execute("SELECT num_responses FROM totals").fetchone()
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.sqlite")) as database:
+        [count] = database.execute("SELECT num_responses FROM totals").fetchone()
     assert count == 40
     for store in stores:
         await store.close()
