@@ -9,6 +9,7 @@ namespace weft {
 namespace {
 
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr float kLog2E = 1.44269504f;
 constexpr int kVectorsPerPanel = kPanelColumns / kLanes;
 
 WEFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -567,7 +568,6 @@ struct Tile {
 template <typename Arithmetic, int kRows>
 WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row,
                              Floats (&scores)[kRows][kVectorsPerPanel]) {
-  constexpr float kLog2E = 1.44269504f;
   constexpr int kTerms = Arithmetic::kTermsOfExp2;
   const bool is_capped = a.softcap > 0.0f;
   Floats largest[kRows];
@@ -1027,9 +1027,11 @@ WEFT_INLINE void random_words(int64_t first_index, uint64_t seed, uint64_t posit
   store_interleaved(out, c0, c1, c2, c3);
 }
 
+constexpr float kUnit = 2.3283064e-10f;  // 2⁻³²
+
 // logit - log(q), q = -log1p(-(w + ½)/2³²), to about 10⁻⁴.
 WEFT_INLINE Floats coarse_key(Floats logit, Words word) {
-  const Floats unit = set(2.3283064e-10f);
+  const Floats unit = set(kUnit);
   const Floats v = multiply(add(unsigned_to_floats(word), set(0.5f)), unit);
   const Floats rest = multiply(add(unsigned_to_floats(exclusive_or(word, set_words(~0u))), set(0.5f)), unit);  // 1 - v
   // For small v the series of -log1p(-v) keeps the relative accuracy that 1 - v has lost.
@@ -1045,34 +1047,46 @@ RaceRun race(const float* logits, int64_t first_index, int64_t count, uint64_t s
              float* scratch) {
   constexpr int64_t kGroup = 4 * kLanes;
   alignas(64) uint32_t words[kGroup];
-  Floats largest = set(kMinusInfinity);
+  // Coarse keys of the vectors that hold a possible winner, one after another, and where they stood.
+  int32_t* const places = reinterpret_cast<int32_t*>(scratch + round_up(count, kLanes));
+  int64_t kept = 0;
+  float best = kMinusInfinity;
+  float margin = 0.0f;
   uint32_t nan = 0;
   for (int64_t i = 0; i < count; i += kGroup) {
     random_words(first_index + i, seed, position, words);
     for (int64_t j = 0; j < kGroup && i + j < count; j += kLanes) {
       const Floats logit = load_logits(logits + i + j, count - i - j);
-      const Floats key = coarse_key(logit, load_words(words + j));
       nan |= lanes_nan(logit);
-      largest = max(key, largest);
-      store(scratch + i + j, key);
+      // q > v, so a key reaches `best - margin` only where v < e^(logit - best + margin): nearly nowhere, and that is
+      // known without a logarithm.
+      const Floats v = multiply(unsigned_to_floats(load_words(words + j)), set(kUnit));
+      const Floats limit = exp2<4>(multiply(add(subtract(logit, set(best)), set(margin)), set(kLog2E)));
+      if (lanes_at_least(limit, v) == 0) continue;
+      const Floats key = coarse_key(logit, load_words(words + j));
+      store(scratch + kept * kLanes, key);
+      places[kept++] = static_cast<int32_t>(i + j);
+      const float largest = max_of_lanes(key);
+      if (largest > best) {
+        best = largest;
+        margin = 1e-3f + 1e-6f * __builtin_fabsf(best);
+      }
     }
   }
-  const float best = max_of_lanes(largest);
   RaceRun run{static_cast<double>(kMinusInfinity), first_index, nan != 0};
   if (run.has_nan || !(best > kMinusInfinity)) return run;
   // Whatever comes within the error of the coarse keys of the best is computed exactly.
-  const float margin = 1e-3f + 1e-6f * __builtin_fabsf(best);
   const Floats threshold = set(best == __builtin_inff() ? best : best - margin);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    uint32_t found = lanes_at_least(load(scratch + i), threshold);
+  for (int64_t n = 0; n < kept; ++n) {
+    uint32_t found = lanes_at_least(load(scratch + n * kLanes), threshold);
     if (found == 0) continue;
-    const int64_t group = i / kGroup * kGroup;
+    const int64_t group = places[n] / kGroup * kGroup;
     random_words(first_index + group, seed, position, words);
     for (; found != 0; found &= found - 1) {
-      const int64_t index = i + __builtin_ctz(found);
+      const int64_t index = places[n] + __builtin_ctz(found);
       if (index >= count) continue;
-      const double v = (words[index - group] + 0.5) * 0x1p-32;
-      const double key = static_cast<double>(logits[index]) - __builtin_log(-__builtin_log1p(-v));
+      const double uniform = (words[index - group] + 0.5) * 0x1p-32;
+      const double key = static_cast<double>(logits[index]) - __builtin_log(-__builtin_log1p(-uniform));
       if (key > run.best) {
         run.best = key;
         run.best_index = first_index + index;

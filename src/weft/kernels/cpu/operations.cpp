@@ -125,6 +125,8 @@ void run_task(const AttentionArguments& a, const AttentionTask& task, const Atte
 
 // A row is read in runs of this many logits, so that few rows still keep all threads busy.
 constexpr int64_t kRunLogits = 8192;
+// Of one run of the race: a key per logit and a place per vector of keys, of whatever length.
+constexpr int64_t kRaceScratchBytes = 2 * kRunLogits * static_cast<int64_t>(sizeof(float));
 
 void scan_rows(const float* logits, int64_t stride, int64_t rows, int64_t width, LogitRun* runs) {
   const int64_t per_row = divide_up(width, kRunLogits);
@@ -359,8 +361,8 @@ void race(const float* logits, int64_t stride, int64_t rows, int64_t width, cons
           const int64_t* positions, int64_t* ids) {
   const int64_t per_row = divide_up(width, kRunLogits);
   RaceRun* const runs = static_cast<RaceRun*>(session_scratch(rows * per_row * sizeof(RaceRun)));
-  split(rows * per_row, kRunLogits * 0.6, [&](int64_t first, int64_t end, int thread) {
-    float* const scratch = static_cast<float*>(thread_scratch(thread, kRunLogits * sizeof(float) + 64));
+  split(rows * per_row, kRunLogits * 0.3, [&](int64_t first, int64_t end, int thread) {
+    float* const scratch = static_cast<float*>(thread_scratch(thread, kRaceScratchBytes));
     for (int64_t index = first; index < end; ++index) {
       const int64_t row = index / per_row, start = index % per_row * kRunLogits;
       runs[index] = kernels().race(logits + row * stride + start, start, std::min(kRunLogits, width - start),

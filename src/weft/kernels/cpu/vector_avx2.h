@@ -47,7 +47,7 @@ WEFT_INLINE Floats scale_by_power(Floats x, Floats n) {
 }
 
 WEFT_INLINE Floats fraction(Floats x) {
-  const Floats bounded = _mm256_max_ps(_mm256_set1_ps(-150.0f), x);
+  const Floats bounded = _mm256_max_ps(_mm256_set1_ps(-150.0f), _mm256_min_ps(_mm256_set1_ps(127.0f), x));
   return _mm256_sub_ps(bounded, _mm256_floor_ps(bounded));
 }
 // Results below 2⁻¹²⁶ are zero.

@@ -38,7 +38,7 @@ WEFT_INLINE Floats round_to_integer(Floats x) { return _mm512_roundscale_ps(x, _
 // x · 2ⁿ for a whole-numbered n.
 WEFT_INLINE Floats scale_by_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
-// x - ⌊x⌋, in [0, 1); 0 at -inf.
+// x - ⌊x⌋, in [0, 1); 0 at both infinities.
 WEFT_INLINE Floats fraction(Floats x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 // y · 2^⌊x⌋; 0 at x = -inf.
 WEFT_INLINE Floats scale_by_floor(Floats y, Floats x) { return _mm512_scalef_ps(y, x); }
