@@ -283,10 +283,10 @@ def test_a_closed_model_says_so_and_a_request_in_flight_ends(checkpoint: Path) -
     postbox, steps = llm._loaded.postbox, llm._loaded.engine._executor._thread
     execute = steps._execute
 
-    def execute_slowly(plan):
+    def execute_slowly(plan, on_launch):
         while plan.first_positions[0] > 20 and postbox._fatal is None:
             time.sleep(0.001)
-        return execute(plan)
+        return execute(plan, on_launch)
 
     steps._execute = execute_slowly
     pieces = iter(llm.stream("hello", SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)))

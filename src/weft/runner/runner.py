@@ -9,6 +9,7 @@ rounding difference between ranks can ever make their sequences differ.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from math import isfinite
@@ -81,8 +82,10 @@ class ModelRunner:
             watermark=watermark or WatermarkSettings(),
         )
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, on_launch: Callable[[], None] | None = None) -> StepResult:
         """Run one step. Plans must come in the order in which they were made.
+
+        `on_launch` is called when the model is about to run: from here on this thread leaves the interpreter to others.
 
         Raises   InvariantBroken: the plan contradicts the tables (a bug: this process must not go on)
         """
@@ -94,6 +97,8 @@ class ModelRunner:
             self._tables.append_blocks(plan)
             batch = self._batches.build(plan)
             wanted = self._prompt_targets(batch)
+            if on_launch is not None:
+                on_launch()
             logits, prompt_logprobs = self._forward_with_prompt(batch, wanted) if wanted else (self._forward(batch), {})
             sampled = self._sample(logits, batch)
             token_ids = self._write_tokens(sampled.token_ids, batch)
