@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 import psutil
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 240.0
+"""Far more than a start takes: the first one after a change of the C++ sources compiles them."""
 STOP_TIMEOUT_S = 30.0
 REQUEST_TIMEOUT_S = 120.0
 
