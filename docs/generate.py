@@ -20,10 +20,11 @@ def settings_page() -> str:
         "",
         "Written by `make docs` from the table in `src/weft/config/settings.py`; do not edit.",
         "",
-        "A flag beats the environment, which beats the file given with `--config` (TOML, names without dashes:",
-        "`max_total_tokens = 4096`), which beats the default. Every setting is also read from `WEFT_` and its name in",
-        "upper case; that name wins over TGI's. An unknown flag, variable with that prefix, or line in the file is an",
-        "error, and all errors are reported together. `weft config show` prints each value and where it comes from.",
+        "A flag beats the environment, which beats the file given with `--config` (TOML, or YAML where its name ends",
+        "in .yaml or .yml; names without dashes: `max_total_tokens = 4096`), which beats the default. Every setting is",
+        "also read from `WEFT_` and its name in upper case; that name wins over TGI's. An unknown flag, variable with",
+        "that prefix, or line in the file is an error, and all errors are reported together. `weft config show` prints",
+        "each value and where it comes from.",
     ]
     for group in GROUPS:
         lines += ["", f"## {group}", "", "| Flag | Environment | Default | Meaning |", "| --- | --- | --- | --- |"]

@@ -96,14 +96,18 @@ def test_config_show_gives_every_setting_its_value_and_reason(
 ) -> None:
     monkeypatch.setenv("MAX_BEST_OF", "3")
     monkeypatch.setenv("API_KEY", "hush-hush")
+    monkeypatch.setenv("PORT", "80")
 
     _, output, _ = called(monkeypatch, capsys, "weft", "config", "show", "--port", "3001")
 
     rows = {line.split()[0]: line.split()[1:] for line in output.splitlines()}
-    assert rows["port"] == ["3001", "--port"]
+    assert rows["port"] == ["3001", "--port", "beats", "$PORT"]
     assert rows["max_best_of"] == ["3", "$MAX_BEST_OF"]
     assert rows["api_key"] == ["***", "$API_KEY"]
     assert rows["payload_limit"] == ["2000000", "default"]
+    assert rows["block_size_tokens"] == ["auto", "default", "32", "on", "CPU,", "64", "on", "GPU"]
+    assert rows["num_shard"][1:] == ["this", "machine", "one", "per", "visible", "GPU;", "1", "on", "CPU"]
+    assert "model_path" not in rows
     assert "hush-hush" not in output
 
 

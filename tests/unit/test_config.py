@@ -163,7 +163,7 @@ MUTANTS = [
     (["--lora-adapters", "a"], "--lora-adapters: 'a' is not supported yet"),
     (["--rope-scaling", "linear"], "--rope-scaling: 'linear' is not supported yet"),
     (["--rope-factor", "2"], "--rope-factor: '2' is not supported yet"),
-    (["--otlp-endpoint", "http://x"], "--otlp-endpoint: 'http://x' is not supported yet"),
+    (["--otlp-endpoint", "udp://x"], "--otlp-endpoint: must be http://HOST:PORT, https://HOST:PORT or HOST:PORT"),
     (["--ngrok"], "--ngrok: 'true' is not supported yet; leave it out or use false."),
     (["--ngrok-edge", "e"], "--ngrok-edge: 'e' is not supported yet"),
     (["--trust-remote-code"], "--trust-remote-code: 'true' is not supported yet"),
@@ -261,6 +261,96 @@ def test_a_wrong_line_in_the_file_is_one_fault_that_names_it(tmp_path: Path, tex
 
     assert len(found) == 1
     assert fault.replace("FILE", str(file)) in found[0]
+
+
+def test_a_file_may_be_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "weft.yaml"
+    file.write_text(
+        "# what we serve\nport: 8080\nmax-best-of: 5\njson_output: yes\ncors_allow_origin:\n- https://a.b\n"
+        "- https://c.d\nkv_pool_bytes: 1GiB\nrevision: ~\ninter_token_target_ms: 12.5\n"
+    )
+
+    s = settings_from("--config", str(file))
+
+    assert (s.port, s.max_best_of, s.json_output, s.kv_pool_bytes) == (8080, 5, True, 2**30)
+    assert s.cors_allow_origin == ("https://a.b", "https://c.d")
+    assert (s.revision, s.inter_token_target_ms) == (None, 12.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("prot: 1", "prot in FILE: no such setting. Did you mean port?"),
+        ("port: x", "--port (from FILE): must be a whole number"),
+        ("port: {x: 1}", "port in FILE: must be a whole number, not a table."),
+        ("port: [[1]]", "port in FILE: must be a whole number, not a table."),
+        ("port: [1", "FILE is not YAML: "),
+        ("- port", "FILE must hold names and values"),
+        ("port: !!python/object/apply:os.system ['true']", "FILE is not YAML: could not determine a constructor"),
+        ("port: 2020-01-31", "--port (from FILE): must be a whole number"),
+        ("port: 2020-99-99", "FILE is not YAML that settings can be read from"),
+        ("? [a]\n: 1", "FILE is not YAML: found unhashable key"),
+        ("[" * 5000, "FILE is not YAML"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]", "a in FILE: no such setting"),
+    ],
+)
+def test_a_wrong_yaml_file_is_a_fault_that_names_it(tmp_path: Path, text: str, fault: str) -> None:
+    file = tmp_path / "weft.yml"
+    file.write_text(text)
+
+    assert fault.replace("FILE", str(file)) in faults_of("--config", str(file))[0]
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    for name in ("weft.toml", "weft.yaml"):
+        (tmp_path / name).write_text("# nothing\n")
+        assert settings_from("--config", str(tmp_path / name)).port == 3000
+
+
+def test_the_origins_that_lost_are_known(tmp_path: Path) -> None:
+    file = tmp_path / "weft.toml"
+    file.write_text("port = 1")
+
+    resolution = resolve_with_origins(["--config", str(file), "--port", "3"], {**HOME, "WEFT_PORT": "2", "PORT": "4"})
+
+    assert resolution.origins["port"] == "--port"
+    assert resolution.beaten == {"port": ("$WEFT_PORT", "$PORT", str(file))}
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "begins"),
+    [
+        ([], {}, None),
+        (["--waiting-served-ratio", "0.3"], {}, "--waiting-served-ratio has no effect"),
+        ([], {"MAX_WAITING_TOKENS": "20"}, "--max-waiting-tokens has no effect"),
+        (["--max-waiting-tokens", "1"], {"WAITING_SERVED_RATIO": "1"},
+         "--waiting-served-ratio and --max-waiting-tokens have no effect"),
+    ],
+)  # fmt: skip
+def test_settings_that_change_nothing_are_one_warning(
+    argv: list[str], environ: dict[str, str], begins: str | None
+) -> None:
+    warnings = resolve_with_origins(argv, {**HOME, **environ}).warnings
+
+    assert len(warnings) == (0 if begins is None else 1)
+    assert begins is None or warnings[0].startswith(begins)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost", "localhost:4317", "http://a.b:4317", "https://a", "http://[::1]:1/"])
+def test_a_collectors_address_is_accepted(endpoint: str) -> None:
+    assert settings_from("--otlp-endpoint", endpoint).otlp_endpoint == endpoint
+
+
+@pytest.mark.parametrize("endpoint", ["http://a:4318/v1/traces", "grpc://a:1", "a b", "http://"])
+def test_a_wrong_address_of_a_collector_is_a_fault(endpoint: str) -> None:
+    assert "--otlp-endpoint: must be http://HOST:PORT" in faults_of("--otlp-endpoint", endpoint)[0]
+
+
+def test_vertex_ai_sets_port_and_paths() -> None:
+    s = settings_from(AIP_HTTP_PORT="8080", AIP_PREDICT_ROUTE="/v1/endpoints/1:predict", AIP_HEALTH_ROUTE="/ok")
+
+    assert (s.port, s.aip_predict_route, s.aip_health_route) == (8080, "/v1/endpoints/1:predict", "/ok")
+    assert "$AIP_HEALTH_ROUTE: must be the path of a route" in faults_of(AIP_HEALTH_ROUTE="{x}")[0]
 
 
 def test_all_faults_are_reported_together() -> None:

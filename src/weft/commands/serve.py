@@ -18,8 +18,6 @@ def serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         sys.stdout.write(common_settings())
         return 0
     resolution = resolve_with_origins(argv, environ)
-    for note in resolution.notes:
-        sys.stderr.write(f"Note: {note}\n")
     from weft.launcher.launcher import launch  # late: help and wrong settings are answered before asyncio is loaded
 
-    return launch(resolution.settings, environ, started)
+    return launch(resolution.settings, environ, started, notes=resolution.notes, warnings=resolution.warnings)

@@ -2,6 +2,7 @@
 
     options.py          kinds of settings, and what a row of the table says
     settings.py         the table
+    file.py             TOML and YAML
     resolve.py          flags, environment and file → Settings, all faults reported together
     contradictions.py   settings that do not go together
     store.py            Settings on their way to the children

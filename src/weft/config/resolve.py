@@ -6,7 +6,6 @@ so that a wrong setting costs a second and not a download.
 
 import difflib
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import cast
 
 from weft.config.contradictions import addresses_of_host, contradictions, is_ip_address
+from weft.config.file import FileFault, read_file
 from weft.config.options import NAMES, SWITCH, Option, Value, quoted
 from weft.config.settings import Settings, options
 from weft.errors import UsageError
-from weft.limits import LIMITS
 
 ENVIRONMENT_PREFIX = "WEFT_"
 
@@ -31,6 +30,10 @@ class Resolution:
     """Field name → `--flag`, `$VARIABLE`, a file's name, or `default`."""
     notes: tuple[str, ...]
     """What a user may want to know, such as our name for another server's flag."""
+    warnings: tuple[str, ...]
+    """What a user should know: settings that were given and change nothing."""
+    beaten: dict[str, tuple[str, ...]]
+    """Field name → origins whose value for it was not taken, the stronger ones first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def resolve_with_origins(
     from_environment = list(_read_environment(environ, faults))
     file_name = next((given.raw for given in [*from_flags, *from_environment] if given.name == "config"), None)
     from_file = list(_read_file(file_name, faults)) if file_name else []
-    values, origins = _merge((from_flags, from_environment, from_file), faults)
+    values, origins, beaten = _merge((from_flags, from_environment, from_file), faults)
     if "cache_dir" not in values:
         home = environ.get("XDG_CACHE_HOME") or str(Path(environ.get("HOME") or "~").expanduser() / ".cache")
         values["cache_dir"] = str(Path(home) / "weft")
@@ -68,7 +71,24 @@ def resolve_with_origins(
     faults.extend(contradictions(settings, addresses_of or addresses_of_host))
     if faults:
         raise UsageError(_fault_list(faults))
-    return Resolution(settings, {name: origins.get(name, "default") for name in options()}, tuple(notes))
+    return Resolution(
+        settings,
+        {name: origins.get(name, "default") for name in options()},
+        tuple(notes),
+        tuple(_idle_settings(origins)),
+        {name: tuple(others) for name, others in beaten.items()},
+    )
+
+
+_BETWEEN_PAUSES = ("waiting_served_ratio", "max_waiting_tokens")
+
+
+def _idle_settings(given: Mapping[str, str]) -> Iterator[str]:
+    """Settings of TGI that it, too, ignores (with a warning) where prompts are computed in chunks."""
+    names = [options()[name].flag or name for name in _BETWEEN_PAUSES if name in given]
+    if names:
+        verb = "has" if len(names) == 1 else "have"
+        yield f"{' and '.join(names)} {verb} no effect: prompts are computed in chunks, beside running streams."
 
 
 def _fault_list(faults: list[str]) -> str:
@@ -165,36 +185,30 @@ def _read_environment(environ: Mapping[str, str], faults: list[str]) -> Iterator
 
 
 def _read_file(file_name: str, faults: list[str]) -> Iterator[_Given]:
-    """The values in a TOML file; dashes and underscores in names are the same."""
-    try:
-        if Path(file_name).stat().st_size > LIMITS.max_config_file_bytes:
-            faults.append(f"--config: the file is larger than {LIMITS.max_config_file_bytes} bytes.")
-            return
-        with Path(file_name).open("rb") as stream:
-            table = tomllib.load(stream)
-    except OSError as error:
-        faults.append(f"--config: cannot read {file_name}: {error.strerror}.")
-        return
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        faults.append(f"--config: {file_name} is not TOML: {error}.")
-        return
+    """The values in a file; dashes and underscores in names are the same."""
     allowed = {name: option for name, option in options().items() if not option.is_internal and name != "config"}
-    for key, value in table.items():
+    try:
+        pairs = list(read_file(file_name))
+    except FileFault as fault:
+        faults.append(f"--config: {fault}.")
+        return
+    for key, raw in pairs:
         name = key.replace("-", "_")
         if name not in allowed:
             faults.append(f"{key} in {file_name}: no such setting.{_suggestion(name, allowed)}")
-        elif isinstance(value, dict):
+        elif raw is None:
             faults.append(f"{key} in {file_name}: must be {allowed[name].kind.name}, not a table.")
         else:
-            values = value if isinstance(value, list) else [value]
-            raw = ",".join(str(item).lower() if isinstance(item, bool) else str(item) for item in values)
             yield _Given(name, raw, file_name, key)
 
 
-def _merge(sources: Sequence[list[_Given]], faults: list[str]) -> tuple[dict[str, Value], dict[str, str]]:
-    """The winning value of each setting that anybody set. Values that lose are checked all the same."""
+def _merge(
+    sources: Sequence[list[_Given]], faults: list[str]
+) -> tuple[dict[str, Value], dict[str, str], dict[str, list[str]]]:
+    """The winning value of each setting that anybody set, and who lost. Values that lose are checked all the same."""
     values: dict[str, Value] = {}
     origins: dict[str, str] = {}
+    beaten: dict[str, list[str]] = {}
     faults.extend(_two_names_for_one_limit(sources))
     for source in sources:
         seen: dict[str, _Given] = {}
@@ -204,16 +218,18 @@ def _merge(sources: Sequence[list[_Given]], faults: list[str]) -> tuple[dict[str
             earlier = seen.get(given.name)
             if earlier is None:
                 seen[given.name] = given
-                if given.name not in values and value is not _INVALID:
+                if given.name in values:
+                    beaten.setdefault(given.name, []).append(given.origin)
+                elif value is not _INVALID:
                     values[given.name] = cast("Value", value)
                     origins[given.name] = given.origin
             elif given.origin.startswith("$"):
-                continue  # the more specific variable has spoken
+                beaten.setdefault(given.name, []).append(given.origin)  # the more specific variable has spoken
             elif option.kind is NAMES and isinstance(value, tuple):
                 values[given.name] = cast("tuple[str, ...]", (*cast("tuple[str, ...]", values[given.name]), *value))
             elif given.spelling == earlier.spelling or not _is_legacy_name(given, earlier):
                 faults.append(f"{given.spelling}: {_twice(given, earlier)}.")
-    return values, origins
+    return values, origins, beaten
 
 
 def _two_names_for_one_limit(sources: Sequence[list[_Given]]) -> Iterator[str]:

@@ -264,7 +264,7 @@ class Settings:
     response_ttl_s: float = _row(30 * 86_400.0, NUMBER, FILES,
         "How long an answer of /v1/responses is kept", unit="s", minimum=1, maximum=10 * 365 * 86_400)
     config: str | None = _row(None, PATH, FILES,
-        "TOML file with settings, named as here without the dashes (max_total_tokens = 4096)")
+        "TOML or YAML file (.yaml, .yml) with settings, named as here without the dashes (max_total_tokens = 4096)")
     cache_dir: str = _row("", PATH, FILES,
         "Directory for downloaded and converted files", auto="$XDG_CACHE_HOME/weft, else ~/.cache/weft")
     huggingface_hub_cache: str | None = _row(None, PATH, FILES,

@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,14 @@ def launch(
     environ: Mapping[str, str],
     started: float,
     programs: Programs = Programs(),
+    *,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> int:
-    """Serve until told to stop; returns the exit code. `started` is when the process began (`time.monotonic`)."""
+    """Serve until told to stop; returns the exit code. `started` is when the process began (`time.monotonic`).
+
+    `notes` and `warnings` are what there is to say about the settings as they were given.
+    """
     weft_logging.configure(
         process="launcher",
         level=settings.log_level,
@@ -68,6 +74,10 @@ def launch(
     )
     if settings.api_key is not None:
         setproctitle.setproctitle("text-generation-launcher")  # the key may stand on our command line
+    for note in notes:
+        structlog.get_logger().info("settings.note", note=note)
+    for warning in warnings:
+        structlog.get_logger().warning("settings.no_effect", note=warning)
     if settings.env:
         structlog.get_logger().info("launcher.environment", **layout.describe_machine(environ))
     settled = layout.settle(settings, environ)
