@@ -80,9 +80,10 @@ Written by `make docs` from the table in `src/weft/cli.py`; do not edit.
 | --- | --- |"""
 
 CLI_TAIL = """
-TGI's commands work under their own names: `text-generation-launcher` is `weft serve`; `text-generation-router` and
-`text-generation-server serve` run one process on the run directory of a launcher (`--run-dir`), as `weft router` and
-`weft shard` do; `text-generation-server download-weights` is `weft download`; `text-generation-benchmark` is
+TGI's commands work under their own names: `text-generation-launcher` is `weft serve`; `text-generation-server serve
+MODEL --uds-path PREFIX` (`weft shard`) is one shard without a launcher, whose socket is `PREFIX-0`, and
+`text-generation-router --tokenizer-name MODEL --master-shard-uds-path PREFIX-0` (`weft router`) the HTTP side for it;
+with `--run-dir` both join a launcher that runs; `text-generation-server download-weights` is `weft download`; `text-generation-benchmark` is
 `weft bench`.
 
 ## Models

@@ -21,8 +21,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "plan": ("weft.commands.plan:plan", "tell whether a model fits, from its headers alone"),
     "doctor": ("weft.commands.doctor:doctor", "check this machine, and its kernels against their references"),
     "config": ("weft.commands.config:config", "show every setting, its value and where the value comes from"),
-    "router": ("weft.commands.process:router", "run the HTTP process alone, on a launcher's run directory"),
-    "shard": ("weft.commands.process:shard", "run one model process alone, on a launcher's run directory"),
+    "router": ("weft.commands.process:router", "run the HTTP process alone, for a shard that runs"),
+    "shard": ("weft.commands.process:shard", "run one model process alone, for a router to come"),
 }
 """Name → where its function stands, and what it does."""
 

@@ -1,6 +1,7 @@
-"""`weft router` and `weft shard`: one process of a server, for people who debug it.
+"""`weft router` and `weft shard`: one process of a server, alone.
 
-Both work on the run directory that a launcher has made (`--run-dir`); the launcher starts them by the same modules.
+With `--run-dir` they join a running launcher, which starts them by the same modules; without it they are TGI's
+`text-generation-router` and `text-generation-server serve`.
 """
 
 import importlib
@@ -8,28 +9,34 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from weft import __version__
-from weft.errors import UsageError
+from weft.commands import standalone
 
 
-def router(argv: Sequence[str], _environ: Mapping[str, str]) -> int:
-    """Run `weft.router.main`; `print-schema` writes the OpenAPI document, as TGI's router does."""
+def router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run the router; `print-schema` writes the OpenAPI document, as TGI's does."""
     if list(argv) == ["print-schema"]:
         document = importlib.import_module("weft.router.openapi").build_document(
             importlib.import_module("weft.router.app").ROUTES, __version__
         )
         sys.stdout.write(document.decode() + "\n")
         return 0
-    return _run("weft.router.main", argv, "text-generation-launcher starts the router")
+    if _is_for_module(argv):
+        return _run("weft.router.main", argv)
+    return standalone.run_router(argv, environ)
 
 
-def shard(argv: Sequence[str], _environ: Mapping[str, str]) -> int:
-    """Run `weft.server.main`."""
-    return _run("weft.server.main", argv, "text-generation-launcher starts the shards")
+def shard(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run one shard."""
+    if _is_for_module(argv):
+        return _run("weft.server.main", argv)
+    return standalone.run_shard(argv, environ)
 
 
-def _run(module: str, argv: Sequence[str], hint: str) -> int:
-    if not {"--run-dir", "--help", "-h"}.intersection(word.partition("=")[0] for word in argv):
-        raise UsageError(f"{hint}; to start one alone, give it the --run-dir of a running launcher.")
+def _is_for_module(argv: Sequence[str]) -> bool:
+    return bool({"--run-dir", "--help", "-h"}.intersection(word.partition("=")[0] for word in argv))
+
+
+def _run(module: str, argv: Sequence[str]) -> int:
     sys.argv = [module, *argv]
     status: int = importlib.import_module(module).main()
     return status
