@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import anthropic
 import openai
 import pytest
 import text_generation
@@ -110,6 +111,59 @@ class TestOpenAI:
             openai_client.chat.completions.create(model="tgi", messages=[QUESTION], temperature=3)
 
         assert caught.value.param == "temperature"
+
+
+class TestResponses:
+    def test_a_conversation_goes_on_where_it_was_left(self, openai_client: openai.OpenAI) -> None:
+        text = str(QUESTION["content"])
+        first = openai_client.responses.create(model="tgi", input=text, temperature=0, max_output_tokens=24)
+        events = list(
+            openai_client.responses.create(model="tgi", input=text, temperature=0, max_output_tokens=24, stream=True)
+        )
+        second = openai_client.responses.create(
+            model="tgi", input="And of Italy?", previous_response_id=first.id, temperature=0, max_output_tokens=24
+        )
+
+        assert "Paris" in first.output_text
+        deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+        assert "".join(deltas) == first.output_text
+        assert events[-1].type == "response.completed"
+        assert first.usage is not None
+        assert second.usage is not None
+        assert second.usage.input_tokens > first.usage.total_tokens
+        assert second.usage.input_tokens_details.cached_tokens > 0
+        assert openai_client.responses.retrieve(first.id).output_text == first.output_text
+
+    def test_a_background_response_is_finished_without_us(
+        self, openai_client: openai.OpenAI, running_server: RunningServer
+    ) -> None:
+        begun = openai_client.responses.create(
+            model="tgi", input="Count to ten.", background=True, max_output_tokens=24
+        )
+
+        running_server.wait_until(
+            lambda: openai_client.responses.retrieve(begun.id).status in {"completed", "incomplete"}, "it has ended"
+        )
+
+        assert openai_client.responses.retrieve(begun.id).output_text
+
+
+class TestAnthropic:
+    def test_a_message_whole_and_streamed(self, running_server: RunningServer) -> None:
+        with anthropic.Anthropic(base_url=running_server.base_url, api_key="none", max_retries=0) as client:
+            messages: list[anthropic.types.MessageParam] = [{"role": "user", "content": str(QUESTION["content"])}]
+            # The client offers no temperature of its own any more; the server still reads it.
+            fields = {"temperature": 0}
+            whole = client.messages.create(model="tgi", max_tokens=24, messages=messages, extra_body=fields)
+            with client.messages.stream(model="tgi", max_tokens=24, messages=messages, extra_body=fields) as stream:
+                streamed = "".join(stream.text_stream)
+            count = client.messages.count_tokens(model="tgi", messages=messages)
+
+        [block] = whole.content
+        assert block.type == "text"
+        assert "Paris" in block.text
+        assert streamed == block.text
+        assert count.input_tokens == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
 
 
 class TestHuggingFaceHub:
