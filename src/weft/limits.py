@@ -30,6 +30,7 @@ class Limits:
     # Chat templates: rendered in a worker that can be killed.
     max_template_output_bytes: int = 4 * 1024 * 1024
     template_timeout_s: float = 1.0
+    template_queue_timeout_s: float = 10.0
     template_memory_bytes: int = 512 * 1024 * 1024
     template_compile_timeout_s: float = 10.0
     num_template_workers: int = 2
