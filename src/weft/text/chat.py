@@ -233,7 +233,7 @@ class ChatTemplate:
                 )
 
     async def _call(self, request: bytes) -> bytes:
-        """Renders on a free worker. Waiting and rendering are bounded each: a busy machine is no fault of a template."""
+        """Renders on a free worker. Waiting and rendering are bounded each: a busy machine is nobody's fault."""
         try:
             async with asyncio.timeout(self._limits.template_queue_timeout_s):
                 await self._free_places.acquire()

@@ -21,7 +21,7 @@ SOURCE = (
     "{% endfor %}{% elif messages[0].content == 'greedy' %}{{ messages[0].content * (10 ** 9) }}"
     "{% else %}{{ bos_token }}{{ messages[0].content }}{{ style }}{% endif %}"
 )
-QUICK = dataclasses.replace(LIMITS, template_timeout_s=0.5)
+QUICK = dataclasses.replace(LIMITS, template_timeout_s=0.5, template_queue_timeout_s=0.75)
 
 
 @pytest_asyncio.fixture
