@@ -30,8 +30,8 @@ def test_with_json_output_every_line_of_every_process_is_an_event(default_model_
     by_name = {event["event"]: event for event in events}
     assert by_name["server.ready"]["seconds"] > 0
     assert {"weft", "python", "torch", "cores", "memory_bytes", "gpus"} <= set(by_name["launcher.environment"])
-    (warning,) = (event for event in events if event["level"] == "warning")
-    assert warning["event"] == "settings.no_effect"
+    (warning,) = (event for event in events if event["event"] == "settings.no_effect")
+    assert warning["level"] == "warning"
     assert warning["note"].startswith("--max-waiting-tokens has no effect")
     assert by_name["settings.note"]["note"] == "--max-model-len is --max-total-tokens here."
     assert [event["status"] for event in events if event["event"] == "request.finished"] == [200, 422]

@@ -36,9 +36,9 @@ def run_router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         )
     with _run_directory(settings) as run_dir:
         (run_dir / "shard-0.sock").symlink_to(shard_socket)
-        with _saying_ready():
-            status: int = importlib.import_module("weft.router.main").main(["--run-dir", str(run_dir)])
-            return status
+        _say_ready()
+        status: int = importlib.import_module("weft.router.main").main(["--run-dir", str(run_dir)])
+        return status
 
 
 def run_shard(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -126,14 +126,9 @@ def _public_name(settings: Settings, run_dir: Path) -> Iterator[None]:
             name.unlink()
 
 
-@contextmanager
-def _saying_ready() -> Iterator[None]:
-    """Standard input says what a launcher would say: the shards are ready; it stays open."""
+def _say_ready() -> None:
+    """Standard input says what a launcher would say, the shards are ready, and stays open until the process ends."""
     reader, writer = os.pipe()
     os.write(writer, _READY)
     os.dup2(reader, 0)
     os.close(reader)
-    try:
-        yield
-    finally:
-        os.close(writer)
