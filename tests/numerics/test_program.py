@@ -15,7 +15,7 @@ from tests.numerics.paged_driver import SharedExchange, ThreadedGroup
 from weft.errors import InvariantBroken
 from weft.kernels import ops, registry
 from weft.kernels.cpu import library
-from weft.kernels.cpu.program import record
+from weft.kernels.cpu.program import Arena, record
 from weft.models.decoder import Decoder, load_decoder
 from weft.models.forward_batch import ForwardBatch, LayerKv
 from weft.models.registry import describe
@@ -164,6 +164,34 @@ def test_hidden_states_and_logits_apart_are_the_forward(llama: Decoder) -> None:
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.parametrize("logit_rows", [[3, 28, 39], [39], []], ids=str)
+def test_choosing_in_the_same_call_is_greedy_of_the_logits(llama: Decoder, logit_rows: list[int]) -> None:
+    replayed = recorded(llama, torch.float32)
+    rows = [(0, 29), (1, 11)]
+
+    token_ids, logprobs = replayed.greedy(Steps(llama, torch.float32).batch(rows, logit_rows))
+
+    expected = ops.greedy(llama.forward(Steps(llama, torch.float32).batch(rows, logit_rows)))
+    assert torch.equal(token_ids, expected[0])
+    assert torch.equal(logprobs, expected[1])
+
+
+def test_a_batch_filled_anew_in_the_same_tensors_is_read_anew(llama: Decoder) -> None:
+    """Steady decoding brings the same tensors at every step."""
+    replayed = recorded(llama, torch.float32)
+    steps, expected_steps = Steps(llama, torch.float32), Steps(llama, torch.float32)
+    kept = steps.batch([(0, 1)])
+    replayed.forward(kept)
+    llama.forward(expected_steps.batch([(0, 1)]))
+
+    for _ in range(3):
+        fresh = steps.batch([(0, 1)])
+        for name in ("token_ids", "positions", "kv_slots", "context_lens"):
+            getattr(kept, name).copy_(getattr(fresh, name))
+
+        assert torch.equal(replayed.forward(kept), llama.forward(expected_steps.batch([(0, 1)])))
+
+
 def test_a_later_and_larger_step_may_move_the_memory(llama: Decoder) -> None:
     replayed = recorded(llama, torch.float32)
     steps, expected_steps = Steps(llama, torch.float32), Steps(llama, torch.float32)
@@ -257,7 +285,7 @@ def test_an_operation_behind_the_recorders_back_is_found_out(llama: Decoder) -> 
         return ops.take_rows(llama.forward(batch) * 2.0, torch.tensor([0], dtype=torch.int32))
 
     with pytest.raises(NotExpressible, match="own rows"):
-        record(outside, Steps(llama, torch.float32).batch([(0, 29), (1, 3)]))
+        record(outside, Steps(llama, torch.float32).batch([(0, 29), (1, 3)]), Arena())
 
 
 def test_arithmetic_in_place_is_found_out_by_the_proof(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,9 +301,10 @@ def test_a_program_keeps_its_weights(directory_of: Callable[[FamilyRow], Path], 
     row = next(row for row in FAMILIES if row.name == "llama")
     shutil.copytree(directory_of(row), tmp_path, dirs_exist_ok=True)
     decoder = load(tmp_path, row, torch.float32)
-    program = record(decoder.forward, Steps(decoder, torch.float32).batch([(0, 29), (1, 3)]))
+    program = record(decoder.forward, Steps(decoder, torch.float32).batch([(0, 29), (1, 3)]), Arena())
     expected = decoder.forward(Steps(decoder, torch.float32).batch([(0, 29)]))
     steps = Steps(decoder, torch.float32)
     del decoder
 
-    assert torch.equal(program.run(steps.batch([(0, 29)])), expected)
+    (logits,) = program.run(steps.batch([(0, 29)]))
+    assert torch.equal(logits, expected)

@@ -65,16 +65,22 @@ class BatchBuilder:
         first = np.array(plan.first_positions, dtype=np.int64)
         counts = np.array(plan.num_tokens, dtype=np.int64)
         ends = first + counts
-        self._check_rows(plan, slots, first, counts)
-        starts = np.zeros(len(slots) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
-        sampling_rows = np.flatnonzero(np.array(plan.samples, dtype=bool))
-        self._tables.reserve_positions(int(ends.max()) + 1)
+        self._check_rows(plan, slots, first, ends)
+        num_rows, num_tokens, max_context_len = len(slots), sum(plan.num_tokens), int(ends.max())
+        self._reserve_ramp(num_tokens + 1)
+        starts = self._ramp[: num_rows + 1]
+        if num_tokens > num_rows:
+            starts = np.zeros(num_rows + 1, dtype=np.int64)
+            np.cumsum(counts, out=starts[1:])
+        sampling_rows = self._ramp[:num_rows]
+        if not all(plan.samples):
+            sampling_rows = np.flatnonzero(np.array(plan.samples, dtype=bool))
+        self._tables.reserve_positions(max_context_len + 1)
 
-        num_columns = -(-int(ends.max()) // self._block_size_tokens)
-        host = self._buffer.lay_out(int(starts[-1]), len(slots), num_columns, len(sampling_rows))
+        num_columns = -(-max_context_len // self._block_size_tokens)
+        host = self._buffer.lay_out(num_tokens, num_rows, num_columns, len(sampling_rows))
         self._fill_tokens(host, slots, first, counts, starts)
-        self._fill_block_tables(host["block_tables"].reshape(len(slots), num_columns), slots, ends)
+        self._fill_block_tables(host["block_tables"].reshape(num_rows, num_columns), slots, ends)
         host["query_starts"][:] = starts
         host["context_lens"][:] = ends
         host["logit_rows"][:] = starts[1:][sampling_rows] - 1
@@ -83,16 +89,16 @@ class BatchBuilder:
         device = self._buffer.upload()
 
         forward = ForwardBatch(
-            token_ids=self._tables.token_ids[device["token_slots"], device["positions"]],
+            token_ids=self._tables.tokens_at(device["token_slots"], device["positions"], device["token_ids"]),
             positions=device["positions"],
             kv_slots=device["kv_slots"],
             query_starts=device["query_starts"],
             context_lens=device["context_lens"],
-            block_tables=device["block_tables"].view(len(slots), num_columns),
+            block_tables=device["block_tables"],
             logit_rows=device["logit_rows"],
             kv=self._kv,
-            max_context_len=int(ends.max()),
-            max_query_len=int(counts.max()),
+            max_context_len=max_context_len,
+            max_query_len=max(plan.num_tokens),
         )
         return StepBatch(
             forward=forward,
@@ -114,8 +120,6 @@ class BatchBuilder:
         num_tokens = int(starts[-1])
         token_slots, positions = slots, first
         if num_tokens > len(slots):
-            if num_tokens > len(self._ramp):
-                self._ramp = np.arange(2 * num_tokens, dtype=np.int64)
             token_slots = np.repeat(slots, counts)
             positions = self._ramp[:num_tokens] + np.repeat(first - starts[:-1], counts)
         host["token_slots"][:] = token_slots
@@ -132,32 +136,50 @@ class BatchBuilder:
         lengths = -(-ends // self._block_size_tokens)
         rows[self._ramp[:num_columns] >= lengths[:, None]] = 0
 
-    def _check_rows(self, plan: StepPlan, slots: Int64Array, first: Int64Array, counts: Int64Array) -> None:
-        tables = self._tables
-        is_whole = len(slots) == len(first) == len(counts) == len(plan.samples) > 0
-        if not (is_whole and slots.min() >= 0 and slots.max() < tables.max_num_sequences):
+    def _reserve_ramp(self, length: int) -> None:
+        """Make the ascending numbers at least this many."""
+        if length > len(self._ramp):
+            self._ramp = np.arange(2 * length, dtype=np.int64)
+
+    def _check_rows(self, plan: StepPlan, slots: Int64Array, first: Int64Array, ends: Int64Array) -> None:
+        tables, num_rows = self._tables, len(plan.slots)
+        is_whole = num_rows == len(plan.first_positions) == len(plan.num_tokens) == len(plan.samples) > 0
+        # The smallest of a list of a few dozen integers is found sooner than that of an array.
+        if not (is_whole and min(plan.slots) >= 0 and max(plan.slots) < tables.max_num_sequences):
             raise InvariantBroken(f"step {plan.step_id}: rows are missing or outside the slot table")
         owned_tokens = tables.num_blocks_of_slot[slots] * self._block_size_tokens
-        if first.min() < 0 or counts.min() < 1 or (first + counts > owned_tokens).any():
-            bad = int(np.argmax((first + counts > owned_tokens) | (first < 0) | (counts < 1)))
+        is_outside = ends > owned_tokens
+        if min(plan.first_positions) < 0 or min(plan.num_tokens) < 1 or is_outside.any():
+            bad = int(np.argmax(is_outside | (first < 0) | (ends <= first)))
             raise InvariantBroken(
-                f"step {plan.step_id}, row {bad}: {counts[bad]} tokens from position {first[bad]}, "
+                f"step {plan.step_id}, row {bad}: {plan.num_tokens[bad]} tokens from position {first[bad]}, "
                 f"blocks for {owned_tokens[bad]}"
             )
 
 
 class _StepBuffer:
-    """One reused run of int32 on the host, cut into named pieces, that reaches the device in one copy."""
+    """One reused run of int32 on the host, cut into named pieces, that reaches the device in one copy.
+
+    A step of the same sizes as the last one, which is every step of steady decoding, finds the pieces cut.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
         self._pieces: dict[str, slice] = {}
+        self._host_pieces: dict[str, Int32Array] = {}
+        self._device_pieces: dict[str, torch.Tensor] = {}
         self._used = 0
         self._grow(_FIRST_BUFFER_INTEGERS)
 
     def lay_out(self, num_tokens: int, num_rows: int, num_columns: int, num_sampling: int) -> dict[str, Int32Array]:
         """Name → piece to fill, uninitialised."""
-        sizes = {
+        sizes = (num_tokens, num_rows, num_columns, num_sampling)
+        if sizes == self._sizes:
+            return self._host_pieces
+        self._sizes = sizes
+        lengths = {
+            "token_ids": num_tokens,
             "token_slots": num_tokens,
             "positions": num_tokens,
             "kv_slots": num_tokens,
@@ -169,19 +191,28 @@ class _StepBuffer:
             "sampling_positions": num_sampling,
         }
         self._used = 0
-        for name, size in sizes.items():
-            self._pieces[name] = slice(self._used, self._used + size)
-            self._used += size
+        for name, length in lengths.items():
+            self._pieces[name] = slice(self._used, self._used + length)
+            self._used += length
         if self._used > len(self._host):
             self._grow(2 * self._used)
-        return {name: self._host[piece] for name, piece in self._pieces.items()}
+        self._host_pieces = {name: self._host[piece] for name, piece in self._pieces.items()}
+        self._device_pieces = {}
+        return self._host_pieces
 
     def upload(self) -> dict[str, torch.Tensor]:
-        """Name → the same piece on the device."""
-        sent = self._tensor[: self._used]
+        """Name → the same piece on the device; block tables are [S, N']."""
         if self._device.type != "cpu":
-            sent = sent.to(self._device, non_blocking=True)
-        return {name: sent[piece] for name, piece in self._pieces.items()}
+            return self._cut(self._tensor[: self._used].to(self._device, non_blocking=True))
+        if not self._device_pieces:
+            self._device_pieces = self._cut(self._tensor)
+        return self._device_pieces
+
+    def _cut(self, sent: torch.Tensor) -> dict[str, torch.Tensor]:
+        pieces = {name: sent[piece] for name, piece in self._pieces.items()}
+        _, num_rows, num_columns, _ = self._sizes
+        pieces["block_tables"] = pieces["block_tables"].view(num_rows, num_columns)
+        return pieces
 
     def _grow(self, num_integers: int) -> None:
         self._tensor = torch.empty(num_integers, dtype=torch.int32, pin_memory=self._device.type == "cuda")

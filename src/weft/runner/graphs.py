@@ -8,7 +8,8 @@ A model that cannot be recorded runs operation by operation, and whoever starts 
 
 import torch
 
-from weft.kernels.cpu.program import NotExpressible, Program, record
+from weft.kernels import ops
+from weft.kernels.cpu.program import Arena, NotExpressible, Program, record
 from weft.kernels.registry import notice
 from weft.models.decoder import Decoder
 from weft.models.forward_batch import ForwardBatch, LayerKv
@@ -24,9 +25,10 @@ _LOGIT_ROWS = (2, 5)
 class ReplayedDecoder:
     """A decoder whose steps are replayed; implements `runner.Model`. A result is valid until the next step."""
 
-    def __init__(self, decoder: Decoder, *, forward: Program, hidden_states: Program) -> None:
+    def __init__(self, decoder: Decoder, *, forward: Program, greedy: Program, hidden_states: Program) -> None:
         self._decoder = decoder
         self._forward = forward
+        self._greedy = greedy
         self._hidden_states = hidden_states
 
     @property
@@ -36,15 +38,22 @@ class ReplayedDecoder:
 
     def reserve(self, num_tokens: int, num_logits: int) -> None:
         """Take the memory for steps up to a size; it is touched as far as steps use it."""
-        self._forward.reserve(num_tokens, num_logits)
+        self._greedy.reserve(num_tokens, num_logits)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Decoder.forward`."""
-        return self._forward.run(batch)
+        (logits,) = self._forward.run(batch)
+        return logits
+
+    def greedy(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.greedy` of `forward`: the worker threads are still awake when it comes to choosing."""
+        token_ids, logprobs = self._greedy.run(batch)
+        return token_ids, logprobs
 
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Decoder.hidden_states`."""
-        return self._hidden_states.run(batch)
+        (hidden_states,) = self._hidden_states.run(batch)
+        return hidden_states
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Decoder.logits`: two operations, which need no recording."""
@@ -52,7 +61,7 @@ class ReplayedDecoder:
 
     def time_operations(self, batch: ForwardBatch) -> dict[str, int]:
         """Run a step and tell the nanoseconds that each kind of operation took."""
-        return self._forward.time_operations(batch)
+        return self._greedy.time_operations(batch)
 
 
 def record_decoder(decoder: Decoder, group: Group, *, block_size_tokens: int, dtype: torch.dtype) -> ReplayedDecoder:
@@ -64,9 +73,12 @@ def record_decoder(decoder: Decoder, group: Group, *, block_size_tokens: int, dt
         raise NotExpressible(notice())
     if group.world_size > 1:
         raise NotExpressible("several ranks exchange sums between the operations")
-    batch = _example_batch(decoder, block_size_tokens, dtype)
+    batch, arena = _example_batch(decoder, block_size_tokens, dtype), Arena()
     replayed = ReplayedDecoder(
-        decoder, forward=record(decoder.forward, batch), hidden_states=record(decoder.hidden_states, batch)
+        decoder,
+        forward=record(decoder.forward, batch, arena),
+        greedy=record(lambda batch: ops.greedy(decoder.forward(batch)), batch, arena),
+        hidden_states=record(decoder.hidden_states, batch, arena),
     )
     _prove(replayed, decoder, block_size_tokens, dtype)
     return replayed

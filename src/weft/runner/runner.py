@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from math import isfinite
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from weft.core.plan import StepPlan, StepResult
@@ -48,6 +47,15 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoosingModel(Model, Protocol):
+    """A model that can also choose the best token of each row in the same breath."""
+
+    def greedy(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.greedy` of `forward`: ids [S'] int64 and log-probabilities [S'] float32."""
+        ...
+
+
 class ModelRunner:
     """Runs plans in order. Not safe for use from two threads at once."""
 
@@ -67,6 +75,7 @@ class ModelRunner:
         self._vocab_size = vocab_size
         self._device = device
         self._group = group if group is not None and group.world_size > 1 else None
+        self._choosing_model = model if isinstance(model, ChoosingModel) and self._group is None else None
         self._tables = SlotTables(
             max_num_sequences=max_num_sequences,
             max_total_tokens=max_total_tokens,
@@ -99,11 +108,11 @@ class ModelRunner:
             wanted = self._prompt_targets(batch)
             if on_launch is not None:
                 on_launch()
-            logits, prompt_logprobs = self._forward_with_prompt(batch, wanted) if wanted else (self._forward(batch), {})
-            sampled = self._sample(logits, batch)
-            token_ids = self._write_tokens(sampled.token_ids, batch)
-            chosen, logprobs = token_ids.tolist(), sampled.logprobs.cpu().numpy()
-            failures = self._failures(sampled.token_ids.cpu().numpy(), logprobs, batch)
+            sampled, prompt_logprobs = self._compute(batch, wanted)
+            chosen = self._write_tokens(sampled.token_ids, batch).tolist()
+            sampled_ids, logprobs = sampled.token_ids.tolist(), sampled.logprobs.tolist()
+            is_sound = sampled_ids == chosen and all(map(isfinite, logprobs))
+            failures = {} if is_sound else self._failures(sampled_ids, logprobs, batch)
             failures |= {
                 row: NumericalError.code for row, told in prompt_logprobs.items() if not all(map(isfinite, told))
             }
@@ -117,14 +126,23 @@ class ModelRunner:
             step_id=plan.step_id,
             elapsed_ns=time.perf_counter_ns() - started_ns,
             token_ids=chosen,
-            logprobs=logprobs.tolist(),
+            logprobs=logprobs,
             top_tokens={rows[row]: tops for row, tops in sampled.top_tokens.items()},
             prompt_logprobs=prompt_logprobs,
             failures=failures,
         )
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
-        return self._checked(self._model.forward(batch.forward), len(batch.sampling_rows))
+    def _compute(
+        self, batch: StepBatch, wanted: dict[int, tuple[int, int]]
+    ) -> tuple[SampledTokens, dict[int, tuple[float, ...]]]:
+        """The choice of each sampling row, and log-probabilities of the wanted prompt tokens by plan row."""
+        if wanted:
+            logits, prompt_logprobs = self._forward_with_prompt(batch, wanted)
+            return self._sample(logits, batch), prompt_logprobs
+        if self._choosing_model is not None and self._sampler.is_greedy(batch.sampling_slots):
+            return SampledTokens(*self._choosing_model.greedy(batch.forward)), {}
+        logits = self._checked(self._model.forward(batch.forward), len(batch.sampling_rows))
+        return self._sample(logits, batch), {}
 
     def _checked(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
         if logits.shape != (num_rows, self._vocab_size) or logits.dtype != torch.float32:
@@ -144,27 +162,25 @@ class ModelRunner:
     def _write_tokens(self, token_ids: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Put the chosen tokens at their positions on every rank; returns them.
 
-        A failed row gets token 0: the step after this one may already be planned with it, and must not look up
-        an id that the embedding table does not have.
+        A failed row gets some token of the vocabulary: the step after this one may already be planned with it, and
+        must not look up an id that the embedding table does not have.
         """
-        is_valid = (token_ids >= 0) & (token_ids < self._vocab_size)
-        token_ids = torch.where(is_valid, token_ids, 0)
+        token_ids = token_ids.clamp(0, self._vocab_size - 1)
         if self._group is not None and len(token_ids):
             # The other ranks hold zeros: the sum is rank 0's choice.
             self._group.all_reduce(token_ids)
-        self._tables.token_ids[batch.device_sampling_slots, batch.device_sampling_positions] = token_ids.int()
+        self._tables.write_tokens(batch.device_sampling_slots, batch.device_sampling_positions, token_ids)
         return token_ids
 
-    def _failures(
-        self, token_ids: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32], batch: StepBatch
-    ) -> dict[int, str]:
+    def _failures(self, token_ids: list[int], logprobs: list[float], batch: StepBatch) -> dict[int, str]:
         """Plan row → error code, for rows whose token means nothing."""
-        is_outside = (token_ids < -1) | (token_ids >= self._vocab_size)
-        is_broken = (token_ids == -1) | ~np.isfinite(logprobs)
-        if not (is_outside.any() or is_broken.any()):
-            return {}
-        failures = dict.fromkeys(batch.sampling_rows[is_broken].tolist(), NumericalError.code)
-        return failures | dict.fromkeys(batch.sampling_rows[is_outside].tolist(), GenerationError.code)
+        failures: dict[int, str] = {}
+        for row, token_id, logprob in zip(batch.sampling_rows.tolist(), token_ids, logprobs, strict=True):
+            if not -1 <= token_id < self._vocab_size:
+                failures[row] = GenerationError.code
+            elif token_id == -1 or not isfinite(logprob):
+                failures[row] = NumericalError.code
+        return failures
 
     def _prompt_targets(self, batch: StepBatch) -> dict[int, tuple[int, int]]:
         """Plan row → (first, end) of the prompt positions whose log-probability the step can tell."""

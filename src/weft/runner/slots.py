@@ -41,7 +41,7 @@ class SlotTables:
         # A lookahead row of a sequence that turned out to be finished still has a place for its token.
         self._max_columns = max_total_tokens + 2
         num_columns = min(_FIRST_TOKEN_COLUMNS, self._max_columns)
-        self.token_ids = lazy_zeros((max_num_sequences, num_columns), torch.int32, device)
+        self._set_token_ids(lazy_zeros((max_num_sequences, num_columns), torch.int32, device))
         self.block_ids: Int32Array = np.zeros((max_num_sequences, _FIRST_BLOCK_COLUMNS), dtype=np.int32)
         self.num_blocks_of_slot: Int32Array = np.zeros(max_num_sequences, dtype=np.int32)
         self.num_prompt_tokens: Int32Array = np.zeros(max_num_sequences, dtype=np.int32)
@@ -70,6 +70,25 @@ class SlotTables:
         self.block_ids[slots, columns] = blocks
         self.num_blocks_of_slot += np.bincount(slots, minlength=self.max_num_sequences).astype(np.int32)
 
+    def tokens_at(self, slots: torch.Tensor, positions: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """Token ids of some places, in `room` where device and host are one. Shapes: all [n] int32 on the device."""
+        if self._host_token_ids is None:
+            return self.token_ids[slots, positions]
+        room.numpy()[:] = self._host_token_ids[slots.numpy(), positions.numpy()]
+        return room
+
+    def write_tokens(self, slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Put token ids at their places. Shapes: all [n] on the device."""
+        if self._host_token_ids is None:
+            self.token_ids[slots, positions] = token_ids.int()
+        else:
+            self._host_token_ids[slots.numpy(), positions.numpy()] = token_ids.numpy()
+
+    def _set_token_ids(self, token_ids: torch.Tensor) -> None:
+        self.token_ids = token_ids
+        # Where device and host are one, numpy indexes a handful of places in a tenth of torch's time.
+        self._host_token_ids: Int32Array | None = token_ids.numpy() if token_ids.device.type == "cpu" else None
+
     def reserve_positions(self, num_positions: int) -> None:
         """Make the token table at least `num_positions` wide."""
         num_columns = self.token_ids.shape[1]
@@ -82,7 +101,7 @@ class SlotTables:
         width = min(max(num_positions, 2 * num_columns), self._max_columns)
         wider = lazy_zeros((self.max_num_sequences, width), torch.int32, self.token_ids.device)
         wider[:, :num_columns] = self.token_ids
-        self.token_ids = wider
+        self._set_token_ids(wider)
 
     def _reserve_block_columns(self, num_columns: int) -> None:
         old = self.block_ids

@@ -52,6 +52,7 @@ class Runner {
       case Operation::kGatedActivation: return activate(i);
       case Operation::kTakeRows: return take(i);
       case Operation::kSoftcap: return cap(i);
+      case Operation::kGreedy: return choose(i);
     }
   }
 
@@ -111,6 +112,12 @@ class Runner {
   void cap(const Instruction& i) const {
     const Operand& x = i.inputs[0];
     softcap(static_cast<float*>(at(x)), x.stride, rows(i), i.width, i.softcap);
+  }
+
+  void choose(const Instruction& i) const {
+    const Operand& x = i.inputs[0];
+    greedy(static_cast<const float*>(at(x)), x.stride, rows(i), i.width, static_cast<int64_t*>(at(i.outputs[0])),
+           static_cast<float*>(at(i.outputs[1])));
   }
 
   const Step& step_;

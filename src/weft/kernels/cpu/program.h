@@ -22,6 +22,7 @@ enum class Operation : int32_t {
   kGatedActivation = 5,
   kTakeRows = 6,
   kSoftcap = 7,
+  kGreedy = 8,
 };
 
 // How many rows an operand has in a step.
@@ -29,7 +30,8 @@ enum class Rows : int32_t { kTokens = 0, kLogits = 1 };
 
 constexpr int32_t kNoBuffer = -1;
 
-// Rows inside a buffer: `offset` elements into each row of the buffer, `stride` elements from row to row.
+// Rows inside a buffer: `offset` elements into each row of the buffer, `stride` elements from row to row. Token ids
+// are int64 and have no DataType; nothing reads it there.
 struct Operand {
   int32_t buffer;
   DataType dtype;
@@ -53,11 +55,11 @@ struct Instruction {
   Rows rows;
   // Which inputs there are depends on the operation: x; q, k, v; x, residual.
   Operand inputs[3];
-  // Result; for a norm after an addition also the sum.
+  // Result; for a norm after an addition also the sum. Greedy: token ids, log-probabilities.
   Operand outputs[2];
   PackedWeight linear;     // embedding, linear
   const void* weight;      // norm weight, or table of cosines and sines
-  int64_t width;           // elements of a row that is normalized, gated, taken or capped
+  int64_t width;           // elements of a row that is normalized, gated, taken, capped or chosen from
   int64_t inner;           // norm: rows per token
   int64_t query_heads;
   int64_t kv_heads;

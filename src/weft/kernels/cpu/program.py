@@ -9,6 +9,7 @@ The structures mirror those of `program.h`; a size that differs is a bug of the 
 """
 
 import ctypes
+import operator
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
@@ -30,9 +31,12 @@ _OPERATIONS = (
     "gated_activation",
     "take_rows",
     "softcap",
+    "greedy",
 )
 _EXACT = frozenset({"embedding", "take_rows"})
 """Operations that give the same bits in every implementation."""
+_INDICES = ("token_ids", "positions", "kv_slots", "query_starts", "context_lens", "block_tables", "logit_rows")
+"""What every step brings, by the names of `StepTensors` and of `Step` in program.h."""
 _ALIGNMENT_BYTES = 64
 _NO_BUFFER = -1
 
@@ -174,15 +178,32 @@ class _Call:
     outputs: list[tuple[int, "_Value"]] = field(default_factory=list)
 
 
-def record(function: Callable[[Any], torch.Tensor], batch: StepTensors) -> "Program":
+class Arena:
+    """Memory for the activations of one step at a time; programs that never run at once may share one."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._generation = 0
+
+    def reserve(self, num_bytes: int) -> int:
+        """Hold at least this much, touched as far as it is used; returns a number that changes with the memory."""
+        if self.memory.numel() < num_bytes:
+            self.memory = torch.empty(num_bytes, dtype=torch.uint8)
+            self._generation += 1
+        return self._generation
+
+
+def record(
+    function: Callable[[Any], torch.Tensor | tuple[torch.Tensor, ...]], batch: StepTensors, arena: Arena
+) -> "Program":
     """Runs `function(batch)` and returns a program that computes the same for any batch.
 
     The batch must have different numbers of tokens and of rows of logits, both above one. Raises NotExpressible.
     """
     recorder = _Recorder(batch)
     with recording.watch(recorder):
-        result = function(batch)
-    return recorder.program(result)
+        results = function(batch)
+    return recorder.program((results,) if isinstance(results, torch.Tensor) else results, arena)
 
 
 class _Recorder:
@@ -218,14 +239,15 @@ class _Recorder:
             raise NotExpressible(f"programs have no {name}")
         describe(*arguments, *(() if result is None else (result,)))
 
-    def program(self, result: torch.Tensor) -> "Program":
-        """The program whose result is the given tensor."""
-        value = self._value_of(result, "the result")
-        value.last = len(self._calls)
+    def program(self, results: Sequence[torch.Tensor], arena: Arena) -> "Program":
+        """The program whose results are the given tensors."""
+        values = [self._value_of(result, "a result") for result in results]
+        for value in values:
+            value.last = len(self._calls)
         buffers = _share_buffers(list(self._values.values()))
         for call in self._calls:
             for place, made in call.outputs:
-                code = DTYPE_CODES[made.tensor.dtype]
+                code = DTYPE_CODES.get(made.tensor.dtype, 0)
                 call.instruction.outputs[place] = _Operand(made.buffer, code, 0, made.width)
             for place, used, offset, stride in call.inputs:
                 code = DTYPE_CODES[used.tensor.dtype]
@@ -234,9 +256,13 @@ class _Recorder:
             [call.instruction for call in self._calls],
             [call.label for call in self._calls],
             [(buffer.of_logits, buffer.row_bytes) for buffer in buffers],
-            Output(value.buffer, value.of_logits, value.width, value.tensor.dtype),
+            [
+                Output(value.buffer, value.of_logits, value.width, value.tensor.dtype, value.tensor.dim() == 1)
+                for value in values
+            ],
             len(self._batch.kv),
             self._kept,
+            arena,
         )
 
     # One method per operation: its arguments, then its result if it has one.
@@ -356,6 +382,12 @@ class _Recorder:
         self._use(call, x)
         call.instruction.width, call.instruction.softcap = x.shape[1], cap
 
+    def _greedy(self, logits: torch.Tensor, chosen: tuple[torch.Tensor, torch.Tensor]) -> None:
+        call = self._begin("greedy", of_logits=self._value_of(logits, "logits").of_logits, label="greedy")
+        self._use(call, logits)
+        call.instruction.width = logits.shape[1]
+        self._end(call, *chosen)
+
     def _describe_heads(
         self, instruction: _Instruction, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
@@ -455,12 +487,20 @@ def _share_buffers(values: list[_Value]) -> list[_Buffer]:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where the result of a program lies."""
+    """Where a result of a program lies."""
 
     buffer: int
     of_logits: bool
     width: int
     dtype: torch.dtype
+    is_column: bool
+    """[rows] instead of [rows, 1]"""
+
+    def cut(self, memory: torch.Tensor, start: int, rows: tuple[int, int]) -> torch.Tensor:
+        """The result as a view of the arena. `rows`: tokens, rows of logits."""
+        num_rows = rows[self.of_logits]
+        run = memory[start : start + num_rows * self.width * self.dtype.itemsize].view(self.dtype)
+        return run if self.is_column else run.view(num_rows, self.width)
 
 
 class Program:
@@ -471,9 +511,10 @@ class Program:
         instructions: Sequence[_Instruction],
         labels: Sequence[str],
         buffers: Sequence[tuple[bool, int]],
-        output: Output,
+        outputs: Sequence[Output],
         num_layers: int,
         kept: Sequence[torch.Tensor],
+        arena: Arena,
     ) -> None:
         if library().weft_instruction_bytes() != ctypes.sizeof(_Instruction) or (
             library().weft_step_bytes() != ctypes.sizeof(_Step)
@@ -482,14 +523,19 @@ class Program:
         self._instructions = (_Instruction * len(instructions))(*instructions)
         self._labels = list(labels)
         self._buffers = list(buffers)
-        self._output = output
+        self._outputs = list(outputs)
         self._num_layers = num_layers
         self._kept = list(kept)
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = arena
         self._pointers = (c_void_p * len(buffers))()
+        self._place = (-1, -1, -1)
+        """Tokens, rows of logits and generation of the arena that pointers and results belong to."""
+        self._results: tuple[torch.Tensor, ...] = ()
         self._kv: Sequence[LayerTensors] = ()
         self._keys = (c_void_p * num_layers)()
         self._values = (c_void_p * num_layers)()
+        self._bound: tuple[torch.Tensor | None, ...] = (None,) * len(_INDICES)
+        self._step = _Step(buffers=self._pointers)
 
     @property
     def num_operations(self) -> int:
@@ -502,13 +548,11 @@ class Program:
         return sum(_aligned(rows[of_logits] * row_bytes) for of_logits, row_bytes in self._buffers)
 
     def reserve(self, num_tokens: int, num_logits: int) -> None:
-        """Take the memory for steps up to a size, so that none of them has to. It is touched as far as it is used."""
-        needed = self.arena_bytes(num_tokens, num_logits)
-        if self._arena.numel() < needed:
-            self._arena = torch.empty(needed, dtype=torch.uint8)
+        """Take the memory for steps up to a size, so that none of them has to."""
+        self._arena.reserve(self.arena_bytes(num_tokens, num_logits))
 
-    def run(self, batch: StepTensors) -> torch.Tensor:
-        """The result for a batch; it is overwritten by the next run.
+    def run(self, batch: StepTensors) -> tuple[torch.Tensor, ...]:
+        """The results for a batch; they are overwritten by the next run.
 
         Raises   InvariantBroken: an index of the batch is out of range (nothing was computed)
         """
@@ -523,41 +567,16 @@ class Program:
             spent[label] = spent.get(label, 0) + duration
         return spent
 
-    def _run(self, batch: StepTensors, nanoseconds: "ctypes.Array[c_int64] | None") -> torch.Tensor:
+    def _run(self, batch: StepTensors, nanoseconds: "ctypes.Array[c_int64] | None") -> tuple[torch.Tensor, ...]:
+        step, place = self._step, c_int64()
         self._bind_pool(batch.kv)
-        num_tokens, num_logits = batch.token_ids.shape[0], batch.logit_rows.shape[0]
-        start = self._lay_out(num_tokens, num_logits)
-        pool = batch.kv[0].keys
-        tables = batch.block_tables
-        step = _Step(
-            _index(batch.token_ids, num_tokens),
-            _index(batch.positions, num_tokens),
-            _index(batch.kv_slots, num_tokens),
-            _index(batch.query_starts, tables.shape[0] + 1),
-            _index(batch.context_lens, tables.shape[0]),
-            _index(tables, tables.shape[0]),
-            _index(batch.logit_rows, num_logits),
-            num_tokens,
-            tables.shape[0],
-            num_logits,
-            tables.stride(0),
-            tables.shape[1],
-            pool.shape[0],
-            pool.shape[2],
-            DTYPE_CODES[pool.dtype],
-            self._keys,
-            self._values,
-            self._pointers,
-            nanoseconds,
-        )
-        place = c_int64()
+        self._bind_batch(batch)
+        self._lay_out(step.tokens, step.logits)
+        step.nanoseconds = nanoseconds
         fault = library().weft_run_step(self._instructions, len(self._labels), ctypes.byref(step), ctypes.byref(place))
         if fault:
             raise InvariantBroken(_describe_fault(fault, place.value, batch))
-        output = self._output
-        num_rows = num_logits if output.of_logits else num_tokens
-        end = start + num_rows * output.width * output.dtype.itemsize
-        return self._arena[start:end].view(output.dtype).view(num_rows, output.width)
+        return self._results
 
     def _bind_pool(self, kv: Sequence[LayerTensors]) -> None:
         if kv is self._kv:
@@ -566,30 +585,49 @@ class Program:
             raise InvariantBroken(f"the pool has {len(kv)} layers, the program {self._num_layers}")
         for index, layer in enumerate(kv):
             self._keys[index], self._values[index] = layer.keys.data_ptr(), layer.values.data_ptr()
+        step, pool = self._step, kv[0].keys
+        step.keys, step.values = self._keys, self._values
+        step.num_blocks, step.block_size = pool.shape[0], pool.shape[2]
+        step.kv_dtype = DTYPE_CODES[pool.dtype]
         self._kv = kv
 
-    def _lay_out(self, num_tokens: int, num_logits: int) -> int:
-        """Place the buffers for a step; returns where that of the result begins."""
-        self.reserve(num_tokens, num_logits)
-        rows = (num_tokens, num_logits)
-        first = self._arena.data_ptr()
-        offset, start = 0, 0
+    def _bind_batch(self, batch: StepTensors) -> None:
+        """Point the step at the tensors of a batch. Steady decoding brings the same ones filled anew."""
+        given = tuple(getattr(batch, name) for name in _INDICES)
+        if all(map(operator.is_, given, self._bound)):
+            return
+        token_ids, _, _, _, _, block_tables, logit_rows = given
+        num_tokens, num_sequences, num_logits = len(token_ids), len(block_tables), len(logit_rows)
+        lengths = (num_tokens, num_tokens, num_tokens, num_sequences + 1, num_sequences, num_sequences, num_logits)
+        step = self._step
+        for name, x, length in zip(_INDICES, given, lengths, strict=True):
+            if x.dtype != torch.int32 or not x.is_contiguous() or len(x) != length:
+                raise InvariantBroken(
+                    f"{name} must be contiguous int32 of {length} rows. Given: {list(x.shape)} {x.dtype}"
+                )
+            setattr(step, name, x.data_ptr())
+        step.tokens, step.sequences, step.logits = num_tokens, num_sequences, num_logits
+        step.table_width = step.table_stride = block_tables.shape[1]
+        self._bound = given
+
+    def _lay_out(self, num_tokens: int, num_logits: int) -> None:
+        """Place the buffers and results for a step, unless they lie there from the last one."""
+        place = (num_tokens, num_logits, self._arena.reserve(self.arena_bytes(num_tokens, num_logits)))
+        if place == self._place:
+            return
+        memory, rows = self._arena.memory, (num_tokens, num_logits)
+        starts: list[int] = []
+        offset = 0
         for index, (of_logits, row_bytes) in enumerate(self._buffers):
-            if index == self._output.buffer:
-                start = offset
-            self._pointers[index] = first + offset
+            starts.append(offset)
+            self._pointers[index] = memory.data_ptr() + offset
             offset += _aligned(rows[of_logits] * row_bytes)
-        return start
+        self._results = tuple(output.cut(memory, starts[output.buffer], rows) for output in self._outputs)
+        self._place = place
 
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def _index(x: torch.Tensor, num_rows: int) -> int:
-    if x.dtype != torch.int32 or not x.is_contiguous() or x.shape[0] != num_rows:
-        raise InvariantBroken(f"a batch holds {list(x.shape)} {x.dtype} where {num_rows} rows of int32 belong")
-    return x.data_ptr()
 
 
 def _describe_fault(fault: int, index: int, batch: StepTensors) -> str:

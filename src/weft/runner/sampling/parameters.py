@@ -1,7 +1,6 @@
 """Sampling parameters of every slot as columns, so that a batch gathers its own with one index per parameter."""
 
 from dataclasses import dataclass
-from enum import IntFlag
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,11 @@ Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Uses(IntFlag):
-    """What a sequence asks of the sampler, one bit each. No bit: the best token and its log-probability."""
+class Uses:
+    """What a sequence asks of the sampler, one bit each. No bit: the best token and its log-probability.
+
+    Plain integers: every step puts some of them against a column, which an enumeration makes ten times slower.
+    """
 
     WATERMARK = 1
     HISTORY = 2
@@ -33,8 +35,11 @@ class Uses(IntFlag):
     TOP_TOKENS = 2048
 
 
-CHANGES_SCORES = int(Uses.CHANCE) - 1
+CHANGES_SCORES = Uses.CHANCE - 1
 """The bits of everything that happens between the logits and the choice."""
+
+NEEDS_SAMPLER = ~Uses.RAW_LOGPROB
+"""The bits of everything that the best token and its log-probability do not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,7 @@ class ParameterTable:
         return terms
 
 
-def _uses_of(sampling: SamplingParams, stop: StopConditions, vocab_size: int) -> Uses:
+def _uses_of(sampling: SamplingParams, stop: StopConditions, vocab_size: int) -> int:
     penalizes = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
     asked = {
         Uses.WATERMARK: sampling.watermark,
@@ -170,14 +175,14 @@ def _uses_of(sampling: SamplingParams, stop: StopConditions, vocab_size: int) ->
         Uses.RAW_LOGPROB: sampling.logprob_style is LogprobStyle.RAW,
         Uses.TOP_TOKENS: sampling.top_n_tokens,
     }
-    uses = Uses(0)
+    uses = 0
     for use, is_asked in asked.items():
         if is_asked:
             uses |= use
     return uses
 
 
-def _token_terms_of(start: SequenceStart, uses: Uses) -> _TokenTerms:
+def _token_terms_of(start: SequenceStart, uses: int) -> _TokenTerms:
     bias = start.sampling.logit_bias if uses & Uses.BIAS else ()
     return _TokenTerms(
         history=TokenCounts(start.token_ids, start.num_prompt_tokens) if uses & Uses.HISTORY else None,

@@ -24,7 +24,7 @@ from weft.core.plan import SequenceStart, TopTokens
 from weft.kernels import ops
 from weft.runner.sampling import processors
 from weft.runner.sampling.logprobs import top_tokens
-from weft.runner.sampling.parameters import CHANGES_SCORES, Int64Array, ParameterTable, Uses
+from weft.runner.sampling.parameters import CHANGES_SCORES, NEEDS_SAMPLER, Int64Array, ParameterTable, Uses
 from weft.runner.sampling.watermark import WatermarkSettings, green_list
 
 _Step = Callable[[torch.Tensor, torch.Tensor], None]
@@ -53,7 +53,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def using(self, use: Uses) -> Int64Array:
+    def using(self, use: int) -> Int64Array:
         """Numbers of the rows that use something, ascending."""
         return np.flatnonzero(self.uses & use)
 
@@ -86,8 +86,14 @@ class Sampler:
 
         Shapes  slots [S'], token_ids [S']
         """
-        for row in np.flatnonzero(self._table.uses[slots] & Uses.HISTORY).tolist():
-            self._table.append(slots[row], token_ids[row])
+        uses = self._table.uses[slots] & Uses.HISTORY
+        if uses.any():
+            for row in np.flatnonzero(uses).tolist():
+                self._table.append(slots[row], token_ids[row])
+
+    def is_greedy(self, slots: Int64Array) -> bool:
+        """Whether `ops.greedy` of the untouched logits answers all of these sequences."""
+        return not (self._table.uses[slots] & NEEDS_SAMPLER).any()
 
     def sample(
         self,
@@ -104,7 +110,7 @@ class Sampler:
         """
         masks = token_masks or {}
         rows = _Rows(slots, positions, self._table.uses[slots])
-        if not masks and not (rows.uses & ~Uses.RAW_LOGPROB).any():
+        if not masks and not (rows.uses & NEEDS_SAMPLER).any():
             return SampledTokens(*ops.greedy(logits))
         scores = logits
         if masks or (rows.uses & CHANGES_SCORES).any():
