@@ -72,6 +72,8 @@ _T = TypeVar("_T")
 class SamplingParams:
     """How tokens are chosen and when a completion ends. Names, ranges and meaning are those of OpenAI's API.
 
+    None means what it means there: the model's recommendation (`default_sampling`), or the neutral value.
+
     max_tokens      at most, and never more than the context leaves; None: that many
     temperature     0 is greedy
     stop            texts that end a completion; they are cut off
@@ -80,14 +82,14 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     stop: str | Sequence[str] = ()
     seed: int | None = None

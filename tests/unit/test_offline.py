@@ -169,8 +169,10 @@ def test_a_stop_string_ends_the_completion_and_is_cut_off(llm: LLM) -> None:
     text = llm.generate("hello", params).text
     stop = text[3:5]
 
-    stopped = llm.generate("hello", SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop=stop))
+    stopped = llm.generate("hello", SamplingParams(max_tokens=None, temperature=0, ignore_eos=True, stop=stop))
+    llm.generate("x", SamplingParams(max_tokens=1))
 
+    assert llm._loaded.engine._scheduler.stats().num_running == 0
     assert stopped.text == text[: text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert len(stopped.token_ids) < 30
@@ -283,10 +285,10 @@ def test_a_closed_model_says_so_and_a_request_in_flight_ends(checkpoint: Path) -
     postbox, steps = llm._loaded.postbox, llm._loaded.engine._executor._thread
     execute = steps._execute
 
-    def execute_slowly(plan, on_launch):
+    def execute_slowly(plan, *rest):
         while plan.first_positions[0] > 20 and postbox._fatal is None:
             time.sleep(0.001)
-        return execute(plan, on_launch)
+        return execute(plan, *rest)
 
     steps._execute = execute_slowly
     pieces = iter(llm.stream("hello", SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)))
@@ -302,17 +304,18 @@ def test_a_closed_model_says_so_and_a_request_in_flight_ends(checkpoint: Path) -
 
 
 def test_a_forgotten_model_is_freed(checkpoint: Path) -> None:
+    others = set(threading.enumerate())
     llm = LLM(checkpoint, **SETTINGS)
     llm.chat([{"role": "user", "content": "hi"}], GREEDY)
     engine = weakref.ref(llm._loaded.engine)
-    names = {"engine", "executor", "weft-loop"}
-    before = sum(thread.name in names for thread in threading.enumerate())
+    threads = [thread for thread in threading.enumerate() if thread not in others]
+    assert {thread.name for thread in threads} >= {"engine", "executor", "weft-loop"}
 
     del llm
     gc.collect()
 
     assert engine() is None
-    assert sum(thread.name in names for thread in threading.enumerate()) == before - 3
+    assert not any(thread.is_alive() for thread in threads if thread.name in {"engine", "executor", "weft-loop"})
 
 
 @pytest.mark.parametrize(
