@@ -21,7 +21,8 @@ do.
 
 Native routes: `{{"error": "<text>", "error_type": "<type>"}}`, as in TGI; a server that is not ready adds
 `state`, `phase` and `percent`. `/v1`: `{{"error": {{"message", "type", "param", "code"}}}}`, as OpenAI; `param` is
-the field.
+the field. `/v1/messages`: Anthropic's `{{"type": "error", "error": {{"type", "message"}}, "request_id"}}` with the
+status of `/v1`; its streams end with the event `error`.
 429 and 503 carry `Retry-After` in seconds, 401 `WWW-Authenticate`. Every answer carries `x-request-id`: the client's
 own when it is printable and has at most {max_id} characters, else a new one.
 

@@ -23,7 +23,7 @@ from tests.contract.live import Live, serve
 from weft.router.app import ROUTES
 
 IS_FUZZING = settings.default.max_examples > 1_000
-NUM_EXAMPLES = 1_000 if IS_FUZZING else 10
+NUM_EXAMPLES = 300 if IS_FUZZING else 10
 CHECKS: list[CheckFunction] = [
     not_a_server_error,
     status_code_conformance,
