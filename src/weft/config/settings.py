@@ -96,7 +96,8 @@ class Settings:
         "Type of activations and of weights that are not quantized; auto takes bfloat16 where the device computes in "
         "it, else float32", is_tgi=True, choices=("auto", "float32", "bfloat16", "float16"), is_common=True)
     quantize: str | None = _row(None, TEXT, MODEL,
-        "Quantization method; GGUF files need none", is_tgi=True, auto="what the model's files say",
+        "Quantization method; GGUF files need none", is_tgi=True, aliases=("--quantization",),
+        auto="what the model's files say",
         choices=_QUANTIZE_METHODS, works=(None,))
     kv_cache_dtype: str = _row("auto", TEXT, MODEL,
         "Type of cached keys and values; auto is the model's", is_tgi=True, choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
