@@ -12,7 +12,7 @@ PLAIN = MetricSpec("plain", MetricKind.COUNTER, "Plain")
 GAUGE = MetricSpec("level", MetricKind.GAUGE, "Level")
 HISTOGRAM = MetricSpec("seconds", MetricKind.HISTOGRAM, "Seconds", ("route",), (0.1, 1.0))
 
-SAMPLE = re.compile(r'[a-z_:]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)+\})? (\+Inf|-Inf|NaN|-?[0-9.e+-]+)')
+SAMPLE = re.compile(r'[a-z0-9_:]+(\{([a-z_]+="([^"\\\n]|\\["\\n])*",?)+\})? (\+Inf|-Inf|NaN|-?[0-9.e+-]+)')
 
 
 def test_names_are_unique_and_legal():
