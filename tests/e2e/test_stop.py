@@ -140,7 +140,8 @@ def test_killing_the_launcher_kills_its_children_and_the_next_start_tidies_up(
     server.process.kill()
 
     _, alive = psutil.wait_procs(processes, timeout=2)
-    assert not alive
+    # One that is dead and whose new parent has not asked for its status yet is no survivor.
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     assert len(server.run_directories) == 1, "nobody was left to remove it"
     del stream
     successor = launch(default_model_gguf, "--kv-pool-bytes", "256MiB", port=server.port, directory=server.directory)
