@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from weft.kernels import recording
-from weft.kernels.packed import PackedLinear
+from weft.kernels.packed import PackedLinear, QuantizedFormat
 from weft.kernels.registry import Case, find
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -79,6 +79,56 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     if bias is not None:
         _require(bias.shape == (weight.shape[0],), "bias", f"be [{weight.shape[0]}]", bias)
     packed: PackedLinear = _find("pack_linear", weight)(weight, bias)
+    return packed
+
+
+def quantize_linear(
+    weight: torch.Tensor,
+    form: QuantizedFormat,
+    bias: torch.Tensor | None = None,
+    *,
+    first_column: int = 0,
+    in_features: int | None = None,
+) -> PackedLinear:
+    """Rounds a weight to few bits and lays it out for `linear`, which then also rounds the rows it multiplies.
+
+    A scale per output is max|w| / 127 of the whole row, whatever columns are kept, so that ranks hold
+    slices of one matrix. With minima the range of each group of the kept columns is divided evenly.
+
+    Shapes  weight `[O, I]` float32 or bfloat16, bias `[O]` → PackedLinear of columns first_column … + in_features
+    """
+    size = weight.shape[1] - first_column if in_features is None else in_features
+    _require(weight.dim() == 2 and weight.stride(1) == 1, "weight", "be [O, I] with contiguous rows", weight)
+    _require(first_column >= 0 and first_column + size <= weight.shape[1], "weight", "have the columns", weight)
+    if not (form.is_per_output or form.has_minimum):
+        raise ValueError(f"`form` must have one scale per output, or minima. Given: {form}")
+    packed: PackedLinear = _find("quantize_linear", weight)(weight, form, bias, first_column, size)
+    return packed
+
+
+def pack_codes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None,
+    form: QuantizedFormat,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> PackedLinear:
+    """Lays out codes that a file brought, for `linear` of rows in `dtype`.
+
+    Shapes  codes `[O, I]` uint8, scales and minima `[O, G]` float16, bias `[O]` → PackedLinear
+    """
+    groups = (codes.shape[0], -(-codes.shape[1] // form.group_size))
+    _require(codes.dtype == torch.uint8 and codes.is_contiguous(), "codes", "be contiguous [O, I] uint8", codes)
+    if form.is_per_output or form.has_minimum != (minima is not None):
+        raise ValueError(f"`form` must have scales per group, and minima where they are given. Given: {form}")
+    for name, part in (("scales", scales), ("minima", minima)):
+        if part is not None:
+            is_right = part.shape == groups and part.dtype == torch.float16 and part.is_contiguous()
+            _require(is_right, name, f"be contiguous {list(groups)} float16", part)
+    case = Case(codes.device.type, dtype)
+    function = recording.observed(find("pack_codes", case))
+    packed: PackedLinear = function(codes, scales, minima, form, dtype, bias)
     return packed
 
 

@@ -6,15 +6,16 @@ computes everything everywhere, is the last row of every operation.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from types import TracebackType
+from functools import cache, lru_cache, partial
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import torch
 
-from weft.kernels import onednn, reference
+from weft.kernels import onednn, quantized, reference
 from weft.kernels.cpu import library as cpu_library
 from weft.kernels.cpu import operations as cpu_operations
+from weft.kernels.cpu import quantized as cpu_quantized
 
 MAX_HEAD_SIZE = 1024
 """Of the compiled attention; models use 64 to 256."""
@@ -121,12 +122,48 @@ COMPILED_ROWS = tuple(
     for name in OPERATIONS
 )
 
+QUANTIZED_OPERATIONS = ("quantize_linear", "pack_codes", "linear", "embedding")
+
+
+def _reads_codes(case: Case) -> bool:
+    return case.layout in {"", quantized.LAYOUT}
+
+
+def _compiled_reads_codes(case: Case) -> bool:
+    return case.device == "cpu" and case.dtype in cpu_operations.DTYPES and case.layout in {"", cpu_quantized.LAYOUT}
+
+
+def _quantized_rows(
+    name: str, module: ModuleType, priority: int, reads: Callable[[Case], bool]
+) -> list[Implementation]:
+    """Rows that make quantized weights, and rows that read them and no others."""
+    return [
+        Implementation(
+            operation=operation,
+            name=name,
+            function=getattr(module, operation),
+            priority=priority,
+            supports=reads if operation in {"quantize_linear", "pack_codes"} else partial(_has_layout, reads),
+            is_batch_invariant=True,
+        )
+        for operation in QUANTIZED_OPERATIONS
+    ]
+
+
+def _has_layout(reads: Callable[[Case], bool], case: Case) -> bool:
+    return bool(case.layout) and reads(case)
+
+
+QUANTIZED_REFERENCE_ROWS = tuple(_quantized_rows("reference", quantized, 0, _reads_codes))
+QUANTIZED_COMPILED_ROWS = tuple(_quantized_rows("compiled", cpu_quantized, 20, _compiled_reads_codes))
+
 
 @cache
 def _rows() -> tuple[Implementation, ...]:
     """Rows that this machine can run. The first call looks for the compiled kernels, and may compile them."""
-    compiled = () if cpu_library.load().library is None else COMPILED_ROWS
-    return REFERENCE_ROWS + ONEDNN_ROWS + compiled
+    has_library = cpu_library.load().library is not None
+    compiled = COMPILED_ROWS + QUANTIZED_COMPILED_ROWS if has_library else ()
+    return REFERENCE_ROWS + QUANTIZED_REFERENCE_ROWS + ONEDNN_ROWS + compiled
 
 
 class _Choice:

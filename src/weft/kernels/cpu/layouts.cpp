@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "operations.h"
+#include "quantized_operations.h"
 
 namespace weft {
 namespace {
@@ -23,6 +24,7 @@ void look_up_rows(const PackedWeight& w, const int32_t* ids, int64_t count, void
 
 constexpr Layout kLayouts[] = {
     {"panels", multiply_panels, look_up_panels},
+    {"quantized", quantized_linear, quantized_embedding},
     {"rows", nullptr, look_up_rows},
 };
 

@@ -41,6 +41,16 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "weft_instruction_bytes": (_SIZE, ()),
     "weft_step_bytes": (_SIZE, ()),
     "weft_run_step": (_CODE, (_POINTER, _SIZE, _POINTER, _POINTER)),
+    "weft_select_quantized": (c_int32, (c_char_p,)),
+    "weft_selected_quantized": (c_char_p, ()),
+    "weft_quantized_bytes": (_SIZE, (_SIZE, _SIZE, _POINTER)),
+    "weft_quantize_weight": (None, (_POINTER, _SIZE, _CODE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER)),
+    "weft_pack_codes": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER)),
+    "weft_quantized_linear": (
+        None,
+        (_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _CODE, _CODE),
+    ),
+    "weft_quantized_embedding": (_SIZE, (_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _CODE, _POINTER)),
     "weft_paged_attention": (
         _SIZE,
         (
