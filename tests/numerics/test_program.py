@@ -153,6 +153,80 @@ def test_threads_change_no_bit(dtype: torch.dtype, directory_of: Callable[[Famil
     assert all(torch.equal(one, two) for one, two in zip(alone, together, strict=True))
 
 
+LONG = {"max_position_embeddings": 2048, "num_hidden_layers": 2, "tie_word_embeddings": True}
+LONG_ROWS = [
+    FamilyRow("llama-long", "LlamaConfig", LONG),
+    FamilyRow("gemma2-long", "Gemma2Config", LONG | {"sliding_window": 700, "query_pre_attn_scalar": 24}),
+]
+
+
+def shared_batch(kv: Sequence[LayerKv], histories: Sequence[tuple[list[int], int]]) -> ForwardBatch:
+    """One decoding row for each (blocks, context)."""
+    width = max(len(blocks) for blocks, _ in histories)
+    tables = [blocks + [0] * (width - len(blocks)) for blocks, _ in histories]
+    contexts = [context for _, context in histories]
+    last = [(blocks[(context - 1) // BLOCK_SIZE], (context - 1) % BLOCK_SIZE) for blocks, context in histories]
+    rows = range(len(histories))
+
+    def integers(values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    return ForwardBatch(
+        token_ids=integers([0] * len(histories)),  # copies of a sequence write the same numbers to the same place
+        positions=integers([context - 1 for context in contexts]),
+        kv_slots=integers([block * BLOCK_SIZE + offset for block, offset in last]),
+        query_starts=integers([*rows, len(histories)]),
+        context_lens=integers(contexts),
+        block_tables=integers(tables),
+        logit_rows=integers(list(rows)),
+        kv=kv,
+        max_context_len=max(contexts),
+        max_query_len=1,
+    )
+
+
+def shared_histories() -> tuple[list[tuple[list[int], int]], int]:
+    """Sequences that share 3, 2, 1 and no whole parts of 512 positions, in no order; and how many blocks there are."""
+    fresh = iter(range(10_000))
+
+    def take(num_tokens: int) -> list[int]:
+        return [next(fresh) for _ in range(-(-num_tokens // BLOCK_SIZE))]
+
+    long, middle = take(1600), take(520)
+    contexts = [(1601, 1600), (700, 512), (30, 0), (1700, 1536), (1029, 1024), (1537, 1536), (513, 512), (512, 504)]
+    histories = [(long[: shared // BLOCK_SIZE] + take(context - shared), context) for context, shared in contexts]
+    histories += [(middle[:64] + take(10), 522), (take(900), 900), (middle[:64] + take(600), 1100), (take(1), 1)]
+    return histories, next(fresh)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", LONG_ROWS, ids=lambda row: row.name)
+def test_what_sequences_share_is_read_once_and_changes_no_bit(
+    row: FamilyRow, dtype: torch.dtype, copies: int, num_threads: int, tmp_path: Path
+) -> None:
+    """Many copies of each: more than are computed at once."""
+    decoder = load(save(random_model(row), tmp_path), row, dtype)
+    replayed = recorded(decoder, dtype)
+    histories, num_blocks = shared_histories()
+    draw = torch.Generator().manual_seed(11)
+    pools = [
+        LayerKv(*(torch.randn(num_blocks, heads, BLOCK_SIZE, size, generator=draw).to(dtype) for _ in range(2)))
+        for heads, size in decoder.kv_shapes
+    ]
+    batch = shared_batch(pools, histories * copies)
+    before = library.load().library.weft_threads()  # type: ignore[union-attr]
+    try:
+        registry.set_threads(num_threads)
+        expected = decoder.forward(batch)
+        logits = replayed.forward(batch)
+    finally:
+        registry.set_threads(before)
+
+    assert torch.equal(logits, expected)
+
+
 def test_hidden_states_and_logits_apart_are_the_forward(llama: Decoder) -> None:
     replayed = recorded(llama, torch.float32)
     rows = [(0, 29), (1, 11)]

@@ -47,6 +47,7 @@ UNITS = {
     "thread_pool.cpp": (),
     "operations.cpp": (),
     "layouts.cpp": (),
+    "prefixes.cpp": (),
     "program.cpp": (),
     "interface.cpp": (),
     "quantized_operations.cpp": (),

@@ -60,6 +60,14 @@ struct LinearArguments {
 constexpr int64_t kTilePositions = 32;
 constexpr int64_t kPartPositions = 512;
 
+// Which sequences begin with the same blocks, in whole parts: see prefixes.h.
+struct PrefixOrder {
+  const int32_t* sequences;         // [count] that decode, those that share side by side
+  const int32_t* shared_with_next;  // [count] parts that one shares with the next
+  int64_t count;
+  const int32_t* shared_parts;  // [S] parts that a sequence shares with any other
+};
+
 struct AttentionArguments {
   const void* q;  // [T, Hq, D], heads contiguous
   int64_t q_stride;  // elements between tokens
@@ -79,6 +87,7 @@ struct AttentionArguments {
   int64_t block_size;  // multiple of 8
   DataType dtype;
   DataType kv_dtype;
+  const PrefixOrder* prefixes = nullptr;  // nullptr: read every sequence by itself
 };
 
 // Rows of one sequence and one key/value head: queries first_query … first_query + num_queries - 1, each with all
@@ -167,6 +176,10 @@ struct KernelTable {
   void (*attend)(const AttentionArguments&, const AttentionPiece&, const AttentionPiece* next, void* scratch);
   // One part of a piece, left in `state`; then the parts first_part … first_part + parts - 1, written to `out`.
   void (*attend_part)(const AttentionArguments&, const AttentionPiece&, int64_t part, float* state, void* scratch);
+  // The same part for the only query of each of several sequences that share it whole: `piece` is that of the first
+  // with num_queries sequences. states[i] is left as attend_part would leave it for sequences[i] alone.
+  void (*attend_shared_part)(const AttentionArguments&, const AttentionPiece&, const int32_t* sequences,
+                             float* const* states, int64_t part, void* scratch);
   void (*merge_parts)(const AttentionArguments&, const AttentionPiece&, float* states, int64_t parts);
 
   void (*rotary_and_store)(const RotaryArguments&, int64_t first_token, int64_t end_token);

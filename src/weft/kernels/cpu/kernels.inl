@@ -760,15 +760,19 @@ WEFT_INLINE bool uses_pairs(const AttentionArguments& a) {
   return kHasBf16Dot && a.dtype == kBfloat16 && a.kv_dtype == kBfloat16;
 }
 
-void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, const Workspace& w) {
-  const int64_t group = a.query_heads / a.kv_heads;
-  const int64_t first_token = a.query_starts[piece.sequence] + piece.first_query;
+// All query heads of a group of one token, as rows number query · group … of the workspace.
+void gather_query(const AttentionArguments& a, int64_t token, int64_t kv_head, int64_t query, const Workspace& w) {
   const DataType arithmetic = uses_pairs(a) ? kBfloat16 : kFloat32;
-  const int64_t width = group * a.head_size;
+  const int64_t width = a.query_heads / a.kv_heads * a.head_size;
+  const int64_t from = token * a.q_stride + kv_head * width;
+  convert_row(static_cast<const uint8_t*>(a.q) + from * bytes_per_element(a.dtype), a.dtype,
+              w.q + query * width * bytes_per_element(arithmetic), arithmetic, width);
+}
+
+void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, const Workspace& w) {
+  const int64_t first_token = a.query_starts[piece.sequence] + piece.first_query;
   for (int64_t query = 0; query < piece.num_queries; ++query) {
-    const int64_t from = (first_token + query) * a.q_stride + piece.kv_head * width;
-    convert_row(static_cast<const uint8_t*>(a.q) + from * bytes_per_element(a.dtype), a.dtype,
-                w.q + query * width * bytes_per_element(arithmetic), arithmetic, width);
+    gather_query(a, first_token + query, piece.kv_head, query, w);
   }
 }
 
@@ -807,6 +811,26 @@ void attend_part(const AttentionArguments& a, const AttentionPiece& piece, int64
   w.part = state_at(state, rows);
   gather_queries(a, piece, w);
   visit_any(a, visit_of(a, piece, nullptr), part, w);
+}
+
+// The queries count as if they stood one after another behind the first one's: all of them see the whole part, which
+// is all that a query's position decides.
+void attend_shared_part(const AttentionArguments& a, const AttentionPiece& piece, const int32_t* sequences,
+                        float* const* states, int64_t part, void* scratch) {
+  const int64_t group = a.query_heads / a.kv_heads;
+  const int64_t width = output_width(a);
+  const Workspace w = workspace_at(a, scratch, piece.num_queries * group);
+  for (int64_t query = 0; query < piece.num_queries; ++query) {
+    gather_query(a, a.query_starts[sequences[query]], piece.kv_head, query, w);
+  }
+  visit_any(a, Visit{&piece, Seen{0, (part + 1) * kPartPositions}, nullptr, Seen{0, 0}}, part, w);
+  for (int64_t query = 0; query < piece.num_queries; ++query) {
+    const State own = state_at(states[query], group);
+    const int64_t row = query * group;
+    __builtin_memcpy(own.m, w.part.m + row, group * sizeof(float));
+    __builtin_memcpy(own.l, w.part.l + row * kLanes, group * kLanes * sizeof(float));
+    __builtin_memcpy(own.o, w.part.o + row * width, group * width * sizeof(float));
+  }
 }
 
 void merge_parts(const AttentionArguments& a, const AttentionPiece& piece, float* states, int64_t parts) {
@@ -1107,6 +1131,7 @@ const KernelTable WEFT_TABLE = {
     attention_state_floats,
     attend,
     attend_part,
+    attend_shared_part,
     merge_parts,
     rotary_and_store,
     rms_norm,

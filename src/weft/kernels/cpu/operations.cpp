@@ -51,15 +51,25 @@ const KernelTable*& chosen_kernels() {
 
 // ---- Attention ----
 
-// One entry of the work list: a whole piece, or one part of a piece whose parts are shared out.
+// What the parts of one piece leave, and how many of them are still to come.
+struct PieceParts {
+  float* states;
+  std::atomic<int64_t>* unfinished;
+  int64_t first;
+  int64_t count;
+};
+
+// One entry of the work list: a whole piece, one part of a piece whose parts are shared out, or one part that several
+// sequences have in common.
 struct AttentionTask {
   AttentionPiece piece;
-  int64_t part;   // absolute part, or -1 for a whole piece
-  int64_t first;  // first part of the piece
-  float* states;  // of all parts of the piece
-  int64_t parts;
-  std::atomic<int64_t>* unfinished;
+  int64_t part;              // absolute part, or -1 for a whole piece
+  PieceParts parts;          // of a piece
+  const int32_t* sequences;  // nullptr, or [piece.num_queries] that have the part in common
 };
+
+// Sequences whose common part is computed at once, whatever their heads.
+constexpr int64_t kMostSharing = 96;
 
 // Rows whose state and queries stay in the first-level cache while keys and values pass by.
 int64_t queries_per_piece(const AttentionArguments& a) {
@@ -110,14 +120,53 @@ AttentionPlan count_pieces(const AttentionArguments& a, int64_t sequences) {
   return plan;
 }
 
-void run_task(const AttentionArguments& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
-  if (task.part < 0) return kernels().attend(a, task.piece, next == nullptr ? nullptr : &next->piece, scratch);
-  const int64_t rows = task.piece.num_queries * (a.query_heads / a.kv_heads);
-  float* const state = task.states + (task.part - task.first) * kernels().attention_state_floats(a, rows);
-  kernels().attend_part(a, task.piece, task.part, state, scratch);
-  // Whoever finishes the last part merges all of them, in ascending order.
-  if (task.unfinished->fetch_sub(1, std::memory_order_acq_rel) == 1) {
-    kernels().merge_parts(a, task.piece, task.states, task.parts);
+// Whoever finishes the last part merges all of them, in ascending order.
+void finish_part(const AttentionArguments& a, const AttentionPiece& piece, const PieceParts& parts) {
+  if (parts.unfinished->fetch_sub(1, std::memory_order_acq_rel) == 1) {
+    kernels().merge_parts(a, piece, parts.states, parts.count);
+  }
+}
+
+// `common` holds the parts of every sequence that shares some, by sequence and head.
+void run_task(const AttentionArguments& a, const AttentionTask& task, const AttentionTask* next,
+              const PieceParts* common, void* scratch) {
+  const AttentionPiece& piece = task.piece;
+  if (task.part < 0) {
+    const bool asks = next != nullptr && next->sequences == nullptr;
+    return kernels().attend(a, piece, asks ? &next->piece : nullptr, scratch);
+  }
+  const int64_t group = a.query_heads / a.kv_heads;
+  if (task.sequences == nullptr) {
+    const int64_t floats = kernels().attention_state_floats(a, piece.num_queries * group);
+    kernels().attend_part(a, piece, task.part, task.parts.states + (task.part - task.parts.first) * floats, scratch);
+    return finish_part(a, piece, task.parts);
+  }
+  float* states[kMostSharing];
+  const int64_t floats = kernels().attention_state_floats(a, group);
+  for (int64_t i = 0; i < piece.num_queries; ++i) {
+    states[i] = common[task.sequences[i] * a.kv_heads + piece.kv_head].states + task.part * floats;
+  }
+  kernels().attend_shared_part(a, piece, task.sequences, states, task.part, scratch);
+  for (int64_t i = 0; i < piece.num_queries; ++i) {
+    const int64_t sequence = task.sequences[i];
+    finish_part(a, {sequence, piece.kv_head, 0, 1}, common[sequence * a.kv_heads + piece.kv_head]);
+  }
+}
+
+// Calls `visit(sequences, count, part)` for every part that sequences have in common.
+template <typename Visit>
+void for_each_common_part(const PrefixOrder& order, int64_t most, const Visit& visit) {
+  int32_t deepest = 0;
+  for (int64_t i = 0; i < order.count; ++i) deepest = std::max(deepest, order.shared_with_next[i]);
+  for (int32_t part = 0; part < deepest; ++part) {
+    int64_t first = 0;
+    for (int64_t i = 0; i < order.count; ++i) {
+      const bool goes_on = i + 1 < order.count && order.shared_with_next[i] > part;
+      if (goes_on && i + 1 - first < most) continue;
+      // The last of a full group may be left alone with the part; it is still nobody else's to compute.
+      if (order.shared_parts[order.sequences[first]] > part) visit(order.sequences + first, i + 1 - first, part);
+      first = i + 1;
+    }
   }
 }
 
@@ -280,40 +329,60 @@ void take_rows(const void* x, int64_t stride, const int32_t* rows, int64_t count
 void paged_attention(const AttentionArguments& a, int64_t sequences) {
   const AttentionPlan plan = count_pieces(a, sequences);
   if (plan.pieces == 0) return;
+  // A window moves with each sequence, and with it what is common.
+  const PrefixOrder* const prefixes = a.window == 0 ? a.prefixes : nullptr;
+  const auto common_parts = [&](const AttentionPiece& piece) -> int64_t {
+    return prefixes == nullptr ? 0 : prefixes->shared_parts[piece.sequence];
+  };
   // With few pieces their parts are shared out; the numbers are the same either way.
   const bool shares_parts = thread_count() > 1 && plan.pieces < thread_count() * kChunksPerThread;
-  const int64_t tasks = shares_parts ? plan.parts : plan.pieces;
-  const int64_t task_bytes = divide_up(tasks * sizeof(AttentionTask), 64) * 64;
+  const bool has_states = shares_parts || prefixes != nullptr;
+  const int64_t most_tasks = has_states ? plan.parts : plan.pieces;
+  const int64_t task_bytes = divide_up(most_tasks * sizeof(AttentionTask), 64) * 64;
   const int64_t counter_bytes = divide_up(plan.pieces * sizeof(std::atomic<int64_t>), 64) * 64;
-  uint8_t* const memory =
-      static_cast<uint8_t*>(session_scratch(task_bytes + counter_bytes + (shares_parts ? plan.state_floats * 4 : 0)));
+  const int64_t common_bytes = prefixes == nullptr ? 0 : divide_up(sequences * a.kv_heads * sizeof(PieceParts), 64) * 64;
+  uint8_t* const memory = static_cast<uint8_t*>(
+      session_scratch(task_bytes + counter_bytes + common_bytes + (has_states ? plan.state_floats * 4 : 0)));
   AttentionTask* const list = reinterpret_cast<AttentionTask*>(memory);
   std::atomic<int64_t>* counter = reinterpret_cast<std::atomic<int64_t>*>(memory + task_bytes);
-  float* states = reinterpret_cast<float*>(memory + task_bytes + counter_bytes);
+  PieceParts* const common = reinterpret_cast<PieceParts*>(memory + task_bytes + counter_bytes);
+  float* states = reinterpret_cast<float*>(memory + task_bytes + counter_bytes + common_bytes);
   AttentionTask* next = list;
   const int64_t group = a.query_heads / a.kv_heads;
+  // Common parts take longest and come first.
+  if (prefixes != nullptr) {
+    for_each_common_part(*prefixes, std::min(queries_per_piece(a), kMostSharing),
+                         [&](const int32_t* alike, int64_t count, int64_t part) {
+                           for (int64_t head = 0; head < a.kv_heads; ++head) {
+                             new (next++) AttentionTask{{alike[0], head, 0, count}, part, {}, alike};
+                           }
+                         });
+  }
   for_each_piece(a, sequences, [&](const AttentionPiece& piece) {
     const PartRange range = visible_parts(a, piece);
     const int64_t parts = range.end - range.first;
-    if (!shares_parts || parts == 1) {
-      new (next++) AttentionTask{piece, -1, 0, nullptr, 1, nullptr};
+    if (common_parts(piece) == 0 && (!shares_parts || parts == 1)) {
+      new (next++) AttentionTask{piece, -1, {}, nullptr};
       return;
     }
     new (counter) std::atomic<int64_t>(parts);
-    for (int64_t part = range.first; part < range.end; ++part) {
-      new (next++) AttentionTask{piece, part, range.first, states, parts, counter};
+    const PieceParts own{states, counter, range.first, parts};
+    if (common_parts(piece) > 0) common[piece.sequence * a.kv_heads + piece.kv_head] = own;
+    for (int64_t part = range.first + common_parts(piece); part < range.end; ++part) {
+      new (next++) AttentionTask{piece, part, own, nullptr};
     }
     ++counter;
     states += parts * kernels().attention_state_floats(a, piece.num_queries * group);
   });
-  const int64_t scratch_bytes = kernels().attention_scratch_bytes(a, plan.most_rows);
+  const int64_t most_rows = std::max(plan.most_rows, prefixes == nullptr ? 0 : queries_per_piece(a) * group);
+  const int64_t scratch_bytes = kernels().attention_scratch_bytes(a, most_rows);
   const int64_t count = next - list;
   const int64_t per_chunk = std::max<int64_t>(1, count / (thread_count() * 32));
   parallel_chunks(divide_up(count, per_chunk), [&](int64_t chunk, int thread) {
     void* const scratch = thread_scratch(thread, scratch_bytes);
     const int64_t end = std::min(count, (chunk + 1) * per_chunk);
     for (int64_t task = chunk * per_chunk; task < end; ++task) {
-      run_task(a, list[task], task + 1 < end ? &list[task + 1] : nullptr, scratch);
+      run_task(a, list[task], task + 1 < end ? &list[task + 1] : nullptr, common, scratch);
     }
   });
 }

@@ -4,6 +4,7 @@
 
 #include "layouts.h"
 #include "operations.h"
+#include "prefixes.h"
 
 namespace weft {
 namespace {
@@ -40,7 +41,10 @@ int64_t first_bad_sequence(const Step& step, int64_t window) {
 
 class Runner {
  public:
-  explicit Runner(const Step& step) : step_(step) {}
+  explicit Runner(const Step& step)
+      : step_(step),
+        prefixes_(step.query_starts, step.context_lens, step.block_tables, step.table_stride, step.sequences,
+                  step.block_size) {}
 
   void run(const Instruction& i) const {
     switch (i.operation) {
@@ -95,7 +99,8 @@ class Runner {
     const Operand& q = i.inputs[0];
     paged_attention({at(q), q.stride, at(i.outputs[0]), step_.keys[i.layer], step_.values[i.layer], step_.block_tables,
                      step_.table_stride, step_.query_starts, step_.context_lens, i.scale, i.softcap, i.window,
-                     i.query_heads, i.kv_heads, i.head_size, step_.block_size, q.dtype, step_.kv_dtype},
+                     i.query_heads, i.kv_heads, i.head_size, step_.block_size, q.dtype, step_.kv_dtype,
+                     prefixes_.order()},
                     step_.sequences);
   }
 
@@ -121,6 +126,7 @@ class Runner {
   }
 
   const Step& step_;
+  const PrefixFinder prefixes_;
 };
 
 }  // namespace
