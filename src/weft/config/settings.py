@@ -46,7 +46,7 @@ FILES = "Files and downloads"
 GROUPS = (MODEL, BOUNDS, ENGINE, NETWORK, PROCESSES, TELEMETRY, FILES)
 
 _QUANTIZE_METHODS = (
-    "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
+    "int8", "int4", "awq", "compressed-tensors", "eetq", "exl2", "gptq", "marlin", "bitsandbytes", "bitsandbytes-nf4",
     "bitsandbytes-fp4", "fp8",
 )  # fmt: skip
 _TGI_SOCKET_PREFIX = "/tmp/text-generation-server"  # noqa: S108 (only a prefix: the directory made from it is private)
@@ -96,9 +96,12 @@ class Settings:
         "Type of activations and of weights that are not quantized; auto takes bfloat16 where the device computes in "
         "it, else float32", is_tgi=True, choices=("auto", "float32", "bfloat16", "float16"), is_common=True)
     quantize: str | None = _row(None, TEXT, MODEL,
-        "Quantization method; GGUF files need none", is_tgi=True, aliases=("--quantization",),
-        auto="what the model's files say",
-        choices=_QUANTIZE_METHODS, works=(None,))
+        "Weights of few bits: int8 and int4 round any checkpoint while it is loaded; GGUF files need none", is_tgi=True,
+        aliases=("--quantization",),
+        auto="what the model's files say", choices=_QUANTIZE_METHODS, works=(None, "int8", "int4"), is_common=True)
+    quantize_group_size: str = _row("32", TEXT, MODEL,
+        "Inputs that share a scale with --quantize int4; fewer are more exact and a little slower", unit="inputs",
+        choices=("32", "64", "128"))
     kv_cache_dtype: str = _row("auto", TEXT, MODEL,
         "Type of cached keys and values; auto is the model's", is_tgi=True, choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
         works=("auto",))

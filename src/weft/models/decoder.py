@@ -17,6 +17,7 @@ from weft.models.layers.norm import RmsNorm
 from weft.models.layers.reader import WeightReader
 from weft.models.layers.rope import cos_sin_table
 from weft.models.quant.formats import open_weights
+from weft.models.quant.scheme import QuantScheme
 from weft.models.spec import DecoderSpec, LayerSpec, ModelDescription, RopeSpec
 from weft.parallel.groups import Group
 
@@ -33,15 +34,16 @@ def load_decoder(
     group: Group,
     progress: Progress | None = None,
     check_finite: bool = False,
+    scheme: QuantScheme | None = None,
 ) -> "Decoder":
-    """Read this rank's share of a model.
+    """Read this rank's share of a model; `scheme` rounds its matrices (default: as they are).
 
     Raises   ModelNotFoundError: a tensor is missing, has a wrong shape or dtype, or (with `check_finite`) holds NaN
              or infinity; DoesNotFitError: more ranks than attention heads
     """
     source = open_weights(path, description.weight_format)
     try:
-        reader = WeightReader(source, dtype=dtype, device=device, check_finite=check_finite)
+        reader = WeightReader(source, dtype=dtype, device=device, check_finite=check_finite, scheme=scheme)
         return Decoder(reader, description.spec, description.max_positions, group, progress)
     finally:
         source.close()

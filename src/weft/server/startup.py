@@ -29,6 +29,8 @@ from weft.kernels import registry as kernel_registry
 from weft.limits import LIMITS
 from weft.models import registry as model_registry
 from weft.models.decoder import Decoder, load_decoder
+from weft.models.quant.rounded import rounded_scheme
+from weft.models.quant.scheme import QuantScheme, Unquantized
 from weft.models.spec import ModelDescription
 from weft.parallel.groups import Group, SoloGroup, join_group
 from weft.runner import graphs, memory
@@ -102,6 +104,7 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
     """
     with timer.phase("inspect"):
         layout = _choose_layout(settings, rank)
+        scheme = choose_scheme(settings, layout.device)
         configure_kernels(settings)
         description = _within_context(model_registry.describe(Path(settings.model_path)), settings)
     with timer.phase("connect"):
@@ -114,6 +117,7 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
             device=layout.device,
             group=group,
             progress=lambda share: timer.progress("load", 100.0 * share),
+            scheme=scheme,
         )
     with timer.phase("allocate"):
         plan = _plan_memory(settings, description, decoder, layout, group)
@@ -121,7 +125,8 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
         runner = _build_runner(settings, description, decoder, layout, plan, config, group)
     with timer.phase("warmup"):
         warm_up(runner, config)
-    info = _engine_info(settings, description, layout, plan, config, world_size, timer)
+    quantization = scheme.name or _stored_quantization(description)
+    info = _engine_info(settings, description, layout, plan, config, world_size, timer, quantization)
     return StartedRank(runner=runner, info=info, scheduler_config=config, group=group)
 
 
@@ -156,6 +161,17 @@ def choose_dtype(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     return "bfloat16" if processor.has_bfloat16() else "float32"
+
+
+def choose_scheme(settings: Settings, device: torch.device) -> QuantScheme:
+    """How weights are kept. Raises DeviceError where there are no kernels for what was asked for."""
+    if settings.quantize is None:
+        return Unquantized()
+    if device.type != "cpu":
+        raise DeviceError(
+            f"--quantize: {settings.quantize} has kernels for the CPU. Use --device cpu, or leave it out."
+        )
+    return rounded_scheme(settings.quantize, int(settings.quantize_group_size))
 
 
 def configure_kernels(settings: Settings) -> None:
@@ -383,11 +399,15 @@ def _engine_info(
     config: SchedulerConfig,
     world_size: int,
     timer: PhaseTimer,
+    quantization: str,
 ) -> EngineInfo:
     device_type = layout.device.type
     kernel_set = kernel_registry.kernel_set(device_type)
     identity = "\0".join(
-        (__version__, settings.model_id, settings.model_sha or "", layout.dtype_name, kernel_set, str(world_size))
+        (
+            *(__version__, settings.model_id, settings.model_sha or "", layout.dtype_name),
+            *(quantization, kernel_set, str(world_size)),
+        )
     )
     return EngineInfo(
         model_id=settings.shown_model_name,
@@ -395,7 +415,7 @@ def _engine_info(
         model_type=description.model_type,
         num_parameters=description.num_parameters,
         dtype=layout.dtype_name,
-        quantization=description.stored_dtype if description.stored_dtype.upper().startswith(("Q", "I")) else "",
+        quantization=quantization,
         device_type=device_type,
         device_name=_device_name(layout.device),
         kernel_set=kernel_set,
@@ -416,6 +436,10 @@ def _engine_info(
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
         phases=tuple(timer.seconds),
     )
+
+
+def _stored_quantization(description: ModelDescription) -> str:
+    return description.stored_dtype if description.stored_dtype.upper().startswith(("Q", "I")) else ""
 
 
 def _device_name(device: torch.device) -> str:

@@ -31,7 +31,7 @@ class VocabularyLayers:
         self._softcap = spec.logit_softcap
         self._vocab_size = spec.vocab_size
         head = LinearSpec(spec.head, spec.vocab_size, spec.hidden_size)
-        self._head = reader.packed_rows([(head, self._span)])
+        self._head = reader.packed_rows([(head, self._span)], is_vocabulary=True)
         table = LinearSpec(spec.embedding, spec.vocab_size, spec.hidden_size)
         self._table = self._head if spec.is_tied else PackedLinear.of_rows(reader.rows(table, self._span))
 

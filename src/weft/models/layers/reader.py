@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from weft.errors import ModelNotFoundError
-from weft.kernels import ops
 from weft.kernels.packed import PackedLinear
+from weft.models.quant.scheme import Matrix, QuantScheme, Unquantized
 from weft.models.spec import LinearSpec, NormSpec, WeightRef
 from weft.models.weights.partition import Span
 from weft.models.weights.source import WeightSource
@@ -21,15 +21,22 @@ class WeightReader:
     """
 
     def __init__(
-        self, source: WeightSource, *, dtype: torch.dtype, device: torch.device, check_finite: bool = False
+        self,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        check_finite: bool = False,
+        scheme: QuantScheme | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self._source = source
         self._check_finite = check_finite
+        self._scheme = scheme or Unquantized()
         self._staging = torch.empty(0, dtype=dtype, device=device)
 
-    def packed_rows(self, parts: Sequence[tuple[LinearSpec, Span]]) -> PackedLinear:
+    def packed_rows(self, parts: Sequence[tuple[LinearSpec, Span]], *, is_vocabulary: bool = False) -> PackedLinear:
         """Rows of several matrices, stacked in order into one and packed. Either all have a bias or none."""
         weight = self._stage(sum(span.size for _, span in parts), parts[0][0].in_features)
         first = 0
@@ -37,16 +44,18 @@ class WeightReader:
             self._matrix(weight[first : first + span.size], linear, span, None)
             first += span.size
         biases = [self._vector(linear.bias, linear.out_features, span) for linear, span in parts if linear.bias]
-        return self._pack(weight, torch.cat(biases) if biases else None)
+        bias = torch.cat(biases) if biases else None
+        return self._pack(weight, bias, Span(0, weight.shape[1]), is_vocabulary=is_vocabulary)
 
     def packed_columns(self, linear: LinearSpec, span: Span, *, with_bias: bool) -> PackedLinear:
         """Input columns `span` of a matrix, packed; its bias, where it has one, only when asked for."""
-        weight = self._stage(linear.out_features, span.size)
-        self._matrix(weight, linear, Span(0, linear.out_features), span)
+        columns = Span(0, linear.in_features) if self._scheme.needs_whole_rows else span
+        weight = self._stage(linear.out_features, columns.size)
+        self._matrix(weight, linear, Span(0, linear.out_features), columns)
         bias = None
         if with_bias and linear.bias is not None:
             bias = self._vector(linear.bias, linear.out_features, Span(0, linear.out_features))
-        return self._pack(weight, bias)
+        return self._pack(weight, bias, span.shifted(-columns.start))
 
     def rows(self, linear: LinearSpec, span: Span) -> torch.Tensor:
         """Output rows `span` of a matrix as they are: `[span, I]`."""
@@ -91,8 +100,10 @@ class WeightReader:
             self._staging = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
         return self._staging[: rows * columns].view(rows, columns)
 
-    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        packed = ops.pack_linear(weight, bias)
+    def _pack(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, columns: Span, *, is_vocabulary: bool = False
+    ) -> PackedLinear:
+        packed = self._scheme.pack(Matrix(weight=weight, bias=bias, columns=columns, is_vocabulary=is_vocabulary))
         if packed.data.data_ptr() == weight.data_ptr():  # an implementation that takes the weight as it is
             packed = dataclasses.replace(packed, data=packed.data.clone())
         return packed
