@@ -1,9 +1,10 @@
 """Time of one decode step of a model on the CPU: the recorded program beside operations one by one.
 
-    python benchmark/decode_step.py MODEL [--rows 1,16,64] [--context 192] [--dtype bfloat16] [--operations] [--hog]
+    python benchmark/decode_step.py MODEL [--rows 1,16,64] [--context 192] [--shared 0] [--dtype bfloat16]
+                                    [--operations] [--hog]
 
 Both forms take turns, step by step, so that a change of the machine's mood meets both; the median of their ratios says
-more than either time on a shared machine. `--operations` prints where the program's time goes; `--hog` adds rounds
+more than either time on a shared machine. `--shared` tokens of context are the same blocks for all rows; `--operations` prints where the program's time goes; `--hog` adds rounds
 with a busy process beside each core's worth of threads, which must not make a step more than 2.2 times slower.
 """
 
@@ -28,8 +29,8 @@ from weft.runner.kv_pool import KvPool
 BLOCK_SIZE = 32
 
 
-def decode_batch(decoder: Decoder, rows: int, context: int, dtype: torch.dtype) -> ForwardBatch:
-    """One token for each of `rows` sequences of `context` tokens, in blocks of their own."""
+def decode_batch(decoder: Decoder, rows: int, context: int, shared: int, dtype: torch.dtype) -> ForwardBatch:
+    """One token for each of `rows` sequences of `context` tokens, whose first `shared` tokens are the same blocks."""
     blocks_each = -(-context // BLOCK_SIZE)
     kv_heads, head_dim = decoder.kv_shapes[0]
     pool = KvPool(
@@ -46,6 +47,7 @@ def decode_batch(decoder: Decoder, rows: int, context: int, dtype: torch.dtype) 
         layer.keys.normal_(generator=draw)
         layer.values.normal_(generator=draw)
     tables = torch.arange(rows * blocks_each, dtype=torch.int32).view(rows, blocks_each)
+    tables[:, : shared // BLOCK_SIZE] = tables[0, : shared // BLOCK_SIZE].clone()
     return ForwardBatch(
         token_ids=torch.randint(0, decoder.spec.vocab_size, (rows,), dtype=torch.int32, generator=draw),
         positions=torch.full((rows,), context - 1, dtype=torch.int32),
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rows", default="1,16,64")
     parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--shared", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=40)
@@ -127,7 +130,7 @@ def main() -> None:
         f"{kernel_registry.kernel_set()}, {arguments.threads} threads, {arguments.dtype}, context {arguments.context}"
     )
     for rows in map(int, arguments.rows.split(",")):
-        batch = decode_batch(decoder, rows, arguments.context, dtype)
+        batch = decode_batch(decoder, rows, arguments.context, arguments.shared, dtype)
         alone = 0.0
         for has_hog in (False, True) if arguments.hog else (False,):
             with neighbour(is_there=has_hog):
