@@ -4,8 +4,9 @@
                                     [--operations] [--hog]
 
 Both forms take turns, step by step, so that a change of the machine's mood meets both; the median of their ratios says
-more than either time on a shared machine. `--shared` tokens of context are the same blocks for all rows; `--operations` prints where the program's time goes; `--hog` adds rounds
-with a busy process beside each core's worth of threads, which must not make a step more than 2.2 times slower.
+more than either time on a shared machine. `--shared` tokens of context are the same blocks for all rows;
+`--operations` prints where the program's time goes; `--hog` adds rounds beside a process that never rests, which must
+not make a step more than 2.2 times slower.
 """
 
 import argparse
