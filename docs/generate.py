@@ -83,8 +83,8 @@ CLI_TAIL = """
 TGI's commands work under their own names: `text-generation-launcher` is `weft serve`; `text-generation-server serve
 MODEL --uds-path PREFIX` (`weft shard`) is one shard without a launcher, whose socket is `PREFIX-0`, and
 `text-generation-router --tokenizer-name MODEL --master-shard-uds-path PREFIX-0` (`weft router`) the HTTP side for it;
-with `--run-dir` both join a launcher that runs; `text-generation-server download-weights` is `weft download`; `text-generation-benchmark` is
-`weft bench`.
+with `--run-dir` both join a launcher that runs; `text-generation-server download-weights` is `weft download`;
+`text-generation-benchmark` is `weft bench`.
 
 ## Models
 
