@@ -8,13 +8,17 @@ from tests.e2e.harness import RunningServer, serving
 
 pytestmark = pytest.mark.e2e
 
-METHODS = {"int8": "int8", "int4": "int4 (groups of 32)"}
+METHODS = {
+    ("--quantize", "int8"): "int8",
+    ("--quantize", "int4"): "int4 (groups of 32)",
+    ("--gguf-compute", "packed"): "Q4_1 (packed)",
+}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=METHODS, ids=lambda flags: flags[1])
 def quantized(request: pytest.FixtureRequest, default_model_gguf: Path) -> Iterator[tuple[RunningServer, str]]:
     """A server of each method, and what it must call itself."""
-    with serving(default_model_gguf, "--quantize", request.param) as server:
+    with serving(default_model_gguf, *request.param) as server:
         yield server, METHODS[request.param]
 
 

@@ -102,6 +102,9 @@ class Settings:
     quantize_group_size: str = _row("32", TEXT, MODEL,
         "Inputs that share a scale with --quantize int4; fewer are more exact and a little slower", unit="inputs",
         choices=("32", "64", "128"))
+    gguf_compute: str = _row("dequantized", TEXT, MODEL,
+        "How GGUF matrices are multiplied by: dequantized to the dtype, or packed as the file holds them, which takes "
+        "a third of the memory and rounds activations to 8 bits", choices=("dequantized", "packed"))
     kv_cache_dtype: str = _row("auto", TEXT, MODEL,
         "Type of cached keys and values; auto is the model's", is_tgi=True, choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
         works=("auto",))

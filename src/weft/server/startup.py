@@ -29,9 +29,10 @@ from weft.kernels import registry as kernel_registry
 from weft.limits import LIMITS
 from weft.models import registry as model_registry
 from weft.models.decoder import Decoder, load_decoder
+from weft.models.quant.gguf_packed import GgufPacked
 from weft.models.quant.rounded import rounded_scheme
 from weft.models.quant.scheme import QuantScheme, Unquantized
-from weft.models.spec import ModelDescription
+from weft.models.spec import ModelDescription, WeightFormat
 from weft.parallel.groups import Group, SoloGroup, join_group
 from weft.runner import graphs, memory
 from weft.runner.kv_pool import KvPool
@@ -104,9 +105,9 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
     """
     with timer.phase("inspect"):
         layout = _choose_layout(settings, rank)
-        scheme = choose_scheme(settings, layout.device)
         configure_kernels(settings)
         description = _within_context(model_registry.describe(Path(settings.model_path)), settings)
+        scheme = choose_scheme(settings, description, layout.device)
     with timer.phase("connect"):
         group = connect_ranks(settings, rank, world_size, layout.device)
     with timer.phase("load"):
@@ -163,15 +164,18 @@ def choose_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if processor.has_bfloat16() else "float32"
 
 
-def choose_scheme(settings: Settings, device: torch.device) -> QuantScheme:
+def choose_scheme(settings: Settings, description: ModelDescription, device: torch.device) -> QuantScheme:
     """How weights are kept. Raises DeviceError where there are no kernels for what was asked for."""
-    if settings.quantize is None:
+    flag, asked = ("--quantize", settings.quantize) if settings.quantize else ("--gguf-compute", settings.gguf_compute)
+    if asked == "dequantized":
         return Unquantized()
     if device.type != "cpu":
-        raise DeviceError(
-            f"--quantize: {settings.quantize} has kernels for the CPU. Use --device cpu, or leave it out."
-        )
-    return rounded_scheme(settings.quantize, int(settings.quantize_group_size))
+        raise DeviceError(f"{flag}: {asked} has kernels for the CPU. Use --device cpu, or leave it out.")
+    if settings.quantize is not None:
+        return rounded_scheme(settings.quantize, int(settings.quantize_group_size))
+    if description.weight_format != WeightFormat.GGUF:
+        return Unquantized()
+    return GgufPacked(f"{description.stored_dtype} (packed)")
 
 
 def configure_kernels(settings: Settings) -> None:

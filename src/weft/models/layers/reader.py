@@ -7,7 +7,7 @@ import torch
 
 from weft.errors import ModelNotFoundError
 from weft.kernels.packed import PackedLinear
-from weft.models.quant.scheme import Matrix, QuantScheme, Unquantized
+from weft.models.quant.scheme import Matrix, QuantScheme, StoredPart, Unquantized
 from weft.models.spec import LinearSpec, NormSpec, WeightRef
 from weft.models.weights.partition import Span
 from weft.models.weights.source import WeightSource
@@ -38,23 +38,31 @@ class WeightReader:
 
     def packed_rows(self, parts: Sequence[tuple[LinearSpec, Span]], *, is_vocabulary: bool = False) -> PackedLinear:
         """Rows of several matrices, stacked in order into one and packed. Either all have a bias or none."""
-        weight = self._stage(sum(span.size for _, span in parts), parts[0][0].in_features)
+        biases = [self._vector(linear.bias, linear.out_features, span) for linear, span in parts if linear.bias]
+        bias = torch.cat(biases) if biases else None
+        columns = Span(0, parts[0][0].in_features)
+        stored = self._pack_stored(parts, columns, bias)
+        if stored is not None:
+            return stored
+        weight = self._stage(sum(span.size for _, span in parts), columns.size)
         first = 0
         for linear, span in parts:
             self._matrix(weight[first : first + span.size], linear, span, None)
             first += span.size
-        biases = [self._vector(linear.bias, linear.out_features, span) for linear, span in parts if linear.bias]
-        bias = torch.cat(biases) if biases else None
-        return self._pack(weight, bias, Span(0, weight.shape[1]), is_vocabulary=is_vocabulary)
+        return self._pack(weight, bias, columns, is_vocabulary=is_vocabulary)
 
     def packed_columns(self, linear: LinearSpec, span: Span, *, with_bias: bool) -> PackedLinear:
         """Input columns `span` of a matrix, packed; its bias, where it has one, only when asked for."""
-        columns = Span(0, linear.in_features) if self._scheme.needs_whole_rows else span
-        weight = self._stage(linear.out_features, columns.size)
-        self._matrix(weight, linear, Span(0, linear.out_features), columns)
+        all_rows = Span(0, linear.out_features)
         bias = None
         if with_bias and linear.bias is not None:
-            bias = self._vector(linear.bias, linear.out_features, Span(0, linear.out_features))
+            bias = self._vector(linear.bias, linear.out_features, all_rows)
+        stored = self._pack_stored([(linear, all_rows)], span, bias)
+        if stored is not None:
+            return stored
+        columns = Span(0, linear.in_features) if self._scheme.needs_whole_rows else span
+        weight = self._stage(linear.out_features, columns.size)
+        self._matrix(weight, linear, all_rows, columns)
         return self._pack(weight, bias, span.shifted(-columns.start))
 
     def rows(self, linear: LinearSpec, span: Span) -> torch.Tensor:
@@ -99,6 +107,17 @@ class WeightReader:
         if self._staging.numel() < rows * columns:
             self._staging = torch.empty(rows * columns, dtype=self.dtype, device=self.device)
         return self._staging[: rows * columns].view(rows, columns)
+
+    def _pack_stored(
+        self, parts: Sequence[tuple[LinearSpec, Span]], columns: Span, bias: torch.Tensor | None
+    ) -> PackedLinear | None:
+        """By what the file holds, where the scheme can."""
+        stored = []
+        for linear, rows in parts:
+            ref = linear.weight
+            self._check_shape(ref.name, (ref.packed_rows or linear.out_features, linear.in_features))
+            stored.append(StoredPart(name=ref.name, rows=rows.shifted(ref.first_row), columns=columns))
+        return self._scheme.pack_stored(self._source, stored, bias, self.dtype)
 
     def _pack(
         self, weight: torch.Tensor, bias: torch.Tensor | None, columns: Span, *, is_vocabulary: bool = False

@@ -39,37 +39,37 @@ def _half(blocks: torch.Tensor, first: int) -> torch.Tensor:
     return blocks[:, first : first + 2].contiguous().view(torch.float16).float()
 
 
-def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
     """Low halves of all bytes, then high halves: `[…, B]` → `[…, 2, B]`."""
     return torch.stack((packed & 0x0F, packed >> 4), dim=-2)
 
 
-def _fields(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def fields(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Bit fields from the lowest up: `[…, B]` → `[…, 8 / bits, B]`."""
     mask = (1 << bits) - 1
     return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-2)
 
 
-def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
+def fifth_bits(packed: torch.Tensor) -> torch.Tensor:
     """Four bytes of 32 flags to `[N, 32]`, each flag worth 16."""
-    return _fields(packed, 1).transpose(-1, -2).flatten(1) << 4
+    return fields(packed, 1).transpose(-1, -2).flatten(1) << 4
 
 
 def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).flatten(1).to(torch.int8) - 8).float()
+    return _half(blocks, 0) * (nibbles(blocks[:, 2:]).flatten(1).to(torch.int8) - 8).float()
 
 
 def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
-    return (_half(blocks, 0) * _nibbles(blocks[:, 4:]).flatten(1).float()).add_(_half(blocks, 2))
+    return (_half(blocks, 0) * nibbles(blocks[:, 4:]).flatten(1).float()).add_(_half(blocks, 2))
 
 
 def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
-    numbers = _nibbles(blocks[:, 6:]).flatten(1) | _fifth_bits(blocks[:, 2:6])
+    numbers = nibbles(blocks[:, 6:]).flatten(1) | fifth_bits(blocks[:, 2:6])
     return _half(blocks, 0) * (numbers.to(torch.int8) - 16).float()
 
 
 def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
-    numbers = _nibbles(blocks[:, 8:]).flatten(1) | _fifth_bits(blocks[:, 4:8])
+    numbers = nibbles(blocks[:, 8:]).flatten(1) | fifth_bits(blocks[:, 4:8])
     return (_half(blocks, 0) * numbers.float()).add_(_half(blocks, 2))
 
 
@@ -81,23 +81,21 @@ def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
     scales, packed = blocks[:, :16], blocks[:, 16:80]
     scale = _half(blocks, 80) * (scales & 0x0F).float()
     minimum = _half(blocks, 82) * (scales >> 4).float()
-    numbers = _fields(packed.reshape(-1, 2, 32), 2).reshape(-1, 16, 16).float()
+    numbers = fields(packed.reshape(-1, 2, 32), 2).reshape(-1, 16, 16).float()
     return (scale[:, :, None] * numbers).sub_(minimum[:, :, None]).flatten(1)
 
 
 def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
     high, packed, scale_bits = blocks[:, :32], blocks[:, 32:96], blocks[:, 96:108]
-    low_scales = _nibbles(scale_bits[:, :8]).flatten(1)
-    high_scales = _fields(scale_bits[:, 8:], 2).flatten(1)
-    scales = (low_scales | (high_scales << 4)).to(torch.int8) - 32
-    numbers = _fields(packed.reshape(-1, 2, 32), 2).reshape(-1, 16, 16).to(torch.int8)
+    scales = scales_of_q3_k(scale_bits)
+    numbers = fields(packed.reshape(-1, 2, 32), 2).reshape(-1, 16, 16).to(torch.int8)
     # A number lacks its upper bit when the mask's bit is 0: then 4 is taken off.
-    offset = (_fields(high, 1) ^ 1).reshape(-1, 16, 16).to(torch.int8) << 2
+    offset = (fields(high, 1) ^ 1).reshape(-1, 16, 16).to(torch.int8) << 2
     scale = _half(blocks, 108) * scales.float()
     return (scale[:, :, None] * (numbers - offset).float()).flatten(1)
 
 
-def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Twelve bytes to eight 6-bit scales and eight 6-bit minima (Q4_K, Q5_K)."""
     first, second, mixed = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = torch.cat((first & 0x3F, (mixed & 0x0F) | ((first >> 2) & 0x30)), dim=1)
@@ -105,25 +103,31 @@ def _scales_and_minima(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return scales.float(), minima.float()
 
 
+def scales_of_q3_k(packed: torch.Tensor) -> torch.Tensor:
+    """Twelve bytes to sixteen 6-bit scales, -32 … 31."""
+    low, high = nibbles(packed[:, :8]).flatten(1), fields(packed[:, 8:], 2).flatten(1)
+    return (low | (high << 4)).to(torch.int8) - 32
+
+
 def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    numbers = _nibbles(blocks[:, 16:144].reshape(-1, 4, 32)).reshape(-1, 8, 32).float()
+    scales, minima = scales_and_minima(blocks[:, 4:16])
+    numbers = nibbles(blocks[:, 16:144].reshape(-1, 4, 32)).reshape(-1, 8, 32).float()
     scale, minimum = _half(blocks, 0) * scales, _half(blocks, 2) * minima
     return (scale[:, :, None] * numbers).sub_(minimum[:, :, None]).flatten(1)
 
 
 def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    high = _fields(blocks[:, 16:48], 1)
-    low = _nibbles(blocks[:, 48:176].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    scales, minima = scales_and_minima(blocks[:, 4:16])
+    high = fields(blocks[:, 16:48], 1)
+    low = nibbles(blocks[:, 48:176].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     numbers = (low | (high << 4)).float()
     scale, minimum = _half(blocks, 0) * scales, _half(blocks, 2) * minima
     return (scale[:, :, None] * numbers).sub_(minimum[:, :, None]).flatten(1)
 
 
 def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 8, 32)
-    high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
+    low = nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 8, 32)
+    high = fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
     numbers = ((low | (high << 4)).to(torch.int8) - 32).reshape(-1, 16, 16).float()
     scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
     return (scale[:, :, None] * numbers).flatten(1)

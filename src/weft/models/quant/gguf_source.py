@@ -7,6 +7,7 @@ import torch
 
 from weft.errors import ModelNotFoundError
 from weft.models.quant.gguf_blocks import dequantize_into
+from weft.models.quant.gguf_codes import Codes, group_size, is_unpackable, unpack
 from weft.models.weights.gguf_config import SANDWICH_NORMS, architecture
 from weft.models.weights.gguf_file import BLOCK_LAYOUT, GgufFile, GgufTensor
 from weft.models.weights.names import gguf_name
@@ -50,6 +51,22 @@ class GgufSource:
             # Gemma multiplies by 1 + w; GGUF stores that sum, specs speak of w.
             out.sub_(1.0)
 
+    def read_codes(self, name: str, rows: Span, columns: Span) -> Codes | None:
+        """A slice of a matrix by the codes of the file; None where it holds floats or the slice cuts a group."""
+        tensor = self._tensor(name)
+        if not is_unpackable(tensor.ggml_type):
+            return None
+        size = group_size(tensor.ggml_type)
+        if columns.start % size or (columns.stop % size and columns.stop != tensor.shape[1]):
+            return None
+        covered = self._covered(tensor, columns)
+        codes = unpack(self._raw_blocks(tensor, rows, columns), tensor.ggml_type)
+        self._file.forget(tensor)
+        if self._architecture in INTERLEAVED_HEADS and name.endswith(_HEAD_ROWS):
+            codes = codes.changed(lambda part: self._halves_apart(name, part))
+        first = columns.start - covered.start
+        return codes.columns(first, first + columns.size)
+
     def close(self) -> None:
         """Unmap the file."""
         self._file.close()
@@ -63,13 +80,8 @@ class GgufSource:
 
     def _decode_into(self, out: torch.Tensor, tensor: GgufTensor, rows: Span, columns: Span) -> None:
         """Decode the blocks that cover `columns` of `rows`, then cut to the columns."""
-        numbers, block_bytes = BLOCK_LAYOUT[tensor.ggml_type]
-        blocks = Span(columns.start // numbers, -(-columns.stop // numbers))
-        covering, covered = blocks.scaled(block_bytes), blocks.scaled(numbers)
-        stored = np.frombuffer(self._file.data, np.uint8, tensor.num_bytes, tensor.offset)
-        by_row = stored.reshape(-1, tensor.shape[-1] // numbers * block_bytes)
-        # A copy: the file promises no alignment for the numbers inside blocks.
-        raw = torch.from_numpy(np.array(by_row[rows.start : rows.stop, covering.start : covering.stop], order="C"))
+        covered = self._covered(tensor, columns)
+        raw = self._raw_blocks(tensor, rows, columns)
         if covered == columns:
             dequantize_into(out, raw, tensor.ggml_type)
             return
@@ -77,6 +89,22 @@ class GgufSource:
         dequantize_into(whole, raw, tensor.ggml_type)
         first = columns.start - covered.start
         out.copy_(whole[:, first : first + columns.size])
+
+    @staticmethod
+    def _covered(tensor: GgufTensor, columns: Span) -> Span:
+        """The columns of the blocks that `columns` touch."""
+        numbers, _ = BLOCK_LAYOUT[tensor.ggml_type]
+        return Span(columns.start // numbers, -(-columns.stop // numbers)).scaled(numbers)
+
+    def _raw_blocks(self, tensor: GgufTensor, rows: Span, columns: Span) -> torch.Tensor:
+        """The blocks that cover `columns` of `rows`: `[rows, bytes]` uint8."""
+        numbers, block_bytes = BLOCK_LAYOUT[tensor.ggml_type]
+        covered = self._covered(tensor, columns)
+        first, last = covered.start // numbers * block_bytes, covered.stop // numbers * block_bytes
+        stored = np.frombuffer(self._file.data, np.uint8, tensor.num_bytes, tensor.offset)
+        by_row = stored.reshape(-1, tensor.shape[-1] // numbers * block_bytes)
+        # A copy: the file promises no alignment for the numbers inside blocks.
+        return torch.from_numpy(np.array(by_row[rows.start : rows.stop, first:last], order="C"))
 
     def _halves_apart(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Undo the row order of query and key: `[heads, D/2, 2]` as stored → `[heads, 2, D/2]`, a copy."""

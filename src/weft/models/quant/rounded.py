@@ -4,11 +4,15 @@ Activations are rounded to 8 bits in the step, per token and group of inputs. On
 is not enough: a few inputs of a layer are a hundred times larger than the rest and would leave it no bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from weft.kernels import ops
 from weft.kernels.packed import PackedLinear, QuantizedFormat
-from weft.models.quant.scheme import Matrix
+from weft.models.quant.scheme import Matrix, StoredPart
+from weft.models.weights.source import WeightSource
 
 INT8 = QuantizedFormat(bits=8, group_size=64, zero_point=128, is_per_output=True)
 INT4_GROUP_SIZES = (32, 64, 128)
@@ -24,6 +28,13 @@ class RoundedScheme:
     layers: QuantizedFormat
     vocabulary: QuantizedFormat
     needs_whole_rows: bool = True
+
+    def pack_stored(
+        self, source: WeightSource, parts: Sequence[StoredPart], bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear | None:
+        """None: rounding needs numbers."""
+        del source, parts, bias, dtype
+        return None
 
     def pack(self, matrix: Matrix) -> PackedLinear:
         """See `QuantScheme.pack`."""

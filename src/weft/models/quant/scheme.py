@@ -3,6 +3,7 @@
 A scheme sees one matrix at a time, or one rank's slice of it, and returns it packed. Layers never ask which one it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import torch
 from weft.kernels import ops
 from weft.kernels.packed import PackedLinear
 from weft.models.weights.partition import Span
+from weft.models.weights.source import WeightSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +27,17 @@ class Matrix:
     """The output layer, whose rows may also be looked up as embeddings."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPart:
+    """A slice of a matrix that has not been read: one of those that are stacked into one."""
+
+    name: str
+    rows: Span
+    columns: Span
+
+
 class QuantScheme(Protocol):
-    """Implementations: `Unquantized` here, `RoundedScheme` in `rounded.py`."""
+    """Implementations: `Unquantized` here, `RoundedScheme` in `rounded.py`, `GgufPacked` in `gguf_packed.py`."""
 
     @property
     def name(self) -> str:
@@ -36,6 +47,12 @@ class QuantScheme(Protocol):
     @property
     def needs_whole_rows(self) -> bool:
         """Whether `pack` must see all columns although a rank keeps only some of them."""
+        ...
+
+    def pack_stored(
+        self, source: WeightSource, parts: Sequence[StoredPart], bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear | None:
+        """By what the file holds, without reading it as numbers; None where `pack` must do it."""
         ...
 
     def pack(self, matrix: Matrix) -> PackedLinear:
@@ -49,6 +66,13 @@ class Unquantized:
 
     name: str = ""
     needs_whole_rows: bool = False
+
+    def pack_stored(
+        self, source: WeightSource, parts: Sequence[StoredPart], bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear | None:
+        """None: the file is read as numbers."""
+        del source, parts, bias, dtype
+        return None
 
     def pack(self, matrix: Matrix) -> PackedLinear:
         """See `QuantScheme.pack`."""
