@@ -1,4 +1,4 @@
-"""GGUF matrices multiplied by as they are stored: `--gguf-compute packed`. See ADR-0015."""
+"""GGUF matrices multiplied by as they are stored: `--gguf-compute packed`. See ADR-0016."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
