@@ -45,40 +45,41 @@ struct alignas(64) PackedFormat {
 };
 static_assert(sizeof(PackedFormat) == 64, "panels are aligned to the cache lines");
 
-inline int64_t divide_rounding_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t divide_rounding_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t inputs_per_step(const QuantizedFormat& f) { return f.bits == 4 ? 8 : (f.bits == 6 ? 16 : 4); }
-inline int64_t bytes_per_step(const QuantizedFormat& f) { return f.bits == 6 ? 384 : 128; }
-inline int64_t quantized_groups(const QuantizedFormat& f, int64_t in_features) {
+static inline int64_t inputs_per_step(const QuantizedFormat& f) { return f.bits == 4 ? 8 : (f.bits == 6 ? 16 : 4); }
+static inline int64_t bytes_per_step(const QuantizedFormat& f) { return f.bits == 6 ? 384 : 128; }
+static inline int64_t quantized_groups(const QuantizedFormat& f, int64_t in_features) {
   return divide_rounding_up(in_features, f.group_size);
 }
 // Of a panel's scales and minima for one group.
-inline int64_t group_scale_bytes(const QuantizedFormat& f) { return f.is_per_output ? 0 : 64 * (1 + f.has_minimum); }
-inline int64_t output_scale_bytes(const QuantizedFormat& f) { return f.is_per_output ? 128 : 0; }
-inline int64_t group_bytes(const QuantizedFormat& f) {
+static inline int64_t group_scale_bytes(const QuantizedFormat& f) { return f.is_per_output ? 0 : 64 * (1 + f.has_minimum); }
+static inline int64_t output_scale_bytes(const QuantizedFormat& f) { return f.is_per_output ? 128 : 0; }
+static inline int64_t group_bytes(const QuantizedFormat& f) {
   return group_scale_bytes(f) + f.group_size / inputs_per_step(f) * bytes_per_step(f);
 }
-inline int64_t quantized_panel_bytes(const QuantizedFormat& f, int64_t in_features) {
+static inline int64_t quantized_panel_bytes(const QuantizedFormat& f, int64_t in_features) {
   const int64_t last_steps = divide_rounding_up(in_features % f.group_size, inputs_per_step(f));
   const int64_t last = last_steps == 0 ? 0 : group_scale_bytes(f) + last_steps * bytes_per_step(f);
   return output_scale_bytes(f) + in_features / f.group_size * group_bytes(f) + last;
 }
-inline int64_t quantized_bytes(const QuantizedFormat& f, int64_t out_features, int64_t in_features) {
+static inline int64_t quantized_bytes(const QuantizedFormat& f, int64_t out_features, int64_t in_features) {
   return sizeof(PackedFormat) + panel_count(out_features) * quantized_panel_bytes(f, in_features);
 }
 
 // A row of quantized activations: codes (int8, zeros up to a multiple of 64), then for each group a scale and a
 // correction: what all outputs have to add to their sums of products. It is the int32 -zero_point · Σ codes, or with
 // minima the float scale · Σ codes, which the minimum multiplies.
+// Its functions are inlined always: a copy that the linker keeps could be the one of a newer instruction set.
 struct QuantizedRow {
   int64_t code_bytes;
   int64_t groups;
 
-  int64_t bytes() const { return divide_rounding_up(code_bytes + groups * 8, 64) * 64; }
-  float* scales(void* row) const { return reinterpret_cast<float*>(static_cast<uint8_t*>(row) + code_bytes); }
-  int32_t* corrections(void* row) const { return reinterpret_cast<int32_t*>(scales(row) + groups); }
+  __attribute__((always_inline)) int64_t bytes() const { return divide_rounding_up(code_bytes + groups * 8, 64) * 64; }
+  __attribute__((always_inline)) float* scales(void* row) const { return reinterpret_cast<float*>(static_cast<uint8_t*>(row) + code_bytes); }
+  __attribute__((always_inline)) int32_t* corrections(void* row) const { return reinterpret_cast<int32_t*>(scales(row) + groups); }
 };
-inline QuantizedRow quantized_row(const QuantizedFormat& f, int64_t in_features) {
+static inline QuantizedRow quantized_row(const QuantizedFormat& f, int64_t in_features) {
   return {divide_rounding_up(in_features, 64) * 64, quantized_groups(f, in_features)};
 }
 
@@ -144,7 +145,7 @@ struct QuantizedKernels {
 };
 
 // What quantize_panels and pack_codes need.
-inline int64_t pack_scratch_bytes(int64_t row_features) { return (row_features + 64) * 5; }
+static inline int64_t pack_scratch_bytes(int64_t row_features) { return (row_features + 64) * 5; }
 
 extern const QuantizedKernels kAvx2Quantized;
 extern const QuantizedKernels kAvxVnniQuantized;
