@@ -1,11 +1,14 @@
 """Fixtures of every folder: the default model, and torch kept to one thread so that parallel test runs do not fight."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import structlog
 
 from weft.config.settings import DEFAULT_MODEL
 
@@ -30,6 +33,17 @@ def default_model_gguf() -> Path:
     from weft.launcher.download import fetch
 
     return fetch(DEFAULT_MODEL, resolve(["--model-id", DEFAULT_MODEL], os.environ)).path
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """A test that sets up the log leaves it on a stream that pytest closes; the next one to log would fail."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,8 @@ _PAYLOAD_BYTES = CELL_BYTES - _LINE_BYTES
 _SPIN_NS = 50_000
 """How long a receiver looks before it sleeps: about what waking up costs."""
 _RETRY_S = 0.01
+_FAREWELL_S = 2.0
+"""How long a sender that leaves waits for receivers that are behind."""
 _TORN_CELL_S = 5.0
 """After this long an incomplete cell is damage, not delay."""
 
@@ -137,15 +139,16 @@ class PlanSender:
         message = memoryview(self._encoder.encode(plan))
         for start in range(0, len(message), _PAYLOAD_BYTES):
             end = start + _PAYLOAD_BYTES
-            self._wait_for_free_cell()
+            self._wait_for_free_cell(self._timeout_s)
             self._write(message[start:end], goes_on=end < len(message))
 
     def close(self) -> None:
         """Take leave. Receivers that have read everything return from `receive` with None."""
         if self._listener.fileno() < 0:
             return
-        if len(self._doorbells) == self._num_receivers and self._has_free_cell():
-            with contextlib.suppress(EngineFatal):  # a receiver that is gone needs no farewell
+        if len(self._doorbells) == self._num_receivers:
+            with contextlib.suppress(EngineFatal):  # a receiver that is gone, or reads no more, needs no farewell
+                self._wait_for_free_cell(min(self._timeout_s, _FAREWELL_S))
                 self._write(memoryview(b""), goes_on=False)
         for doorbell in (*self._doorbells, self._listener):
             doorbell.close()
@@ -168,15 +171,15 @@ class PlanSender:
         slowest = min((self._ring.num_read(receiver) for receiver in range(self._num_receivers)), default=0)
         return self._num_written - slowest < NUM_CELLS
 
-    def _wait_for_free_cell(self) -> None:
+    def _wait_for_free_cell(self, timeout_s: float) -> None:
         """Poll: a ring is full only for a plan of many cells, and then for as long as a copy takes."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + timeout_s
         while not self._has_free_cell():
             gone, _, _ = select.select(self._doorbells, [], [], _RETRY_S / 10)
             if gone:  # receivers never send: a readable doorbell is a closed one
                 raise EngineFatal("a rank of the group is gone")
             if time.monotonic() > deadline:
-                raise EngineFatal(f"a rank of the group read no plan for {self._timeout_s:.0f} s")
+                raise EngineFatal(f"a rank of the group read no plan for {timeout_s:.0f} s")
 
 
 class PlanReceiver:
