@@ -42,10 +42,9 @@ from weft.errors import (
 from weft.launcher.download import fetch
 from weft.limits import LIMITS
 from weft.router.chat_prompt import render_chat
-from weft.router.main import served_model
 from weft.router.schemas_openai import ChatRequest, CompletionRequest, SamplingFields
 from weft.router.sequence_text import SequenceText
-from weft.router.served import ServedModel
+from weft.router.served import ServedModel, served_model
 from weft.router.validate import Checked, Origin, build_requests, check_chat, check_completion, fit_openai
 from weft.scheduler.scheduler import Scheduler
 from weft.server.engine import Engine

@@ -4,6 +4,7 @@ Several tokens that arrive together become one chunk. Log-probabilities follow t
 text of its token is shown, and never for text that a stop string cut off.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ class _LogprobTrail:
 
 
 class ChoiceText:
-    """What both kinds of choice share: pushing tokens, counting, remembering."""
+    """What all kinds of choice share: pushing tokens, counting, remembering."""
 
     shows_special_logprobs = False
 
@@ -135,14 +136,6 @@ class ChoiceText:
         self._text.append(text)
         self._records += records
 
-    def frames(self, batch: Sequence[TokenEvent]) -> bytes:
-        """The chunks of a batch; may be empty."""
-        raise NotImplementedError
-
-    def usage_frame(self, usage: Usage) -> bytes:
-        """The chunk behind the last one, without choices."""
-        raise NotImplementedError
-
     def _advance(self, batch: Sequence[TokenEvent]) -> tuple[str, list[_TokenRecord]]:
         """Text and records that may be shown now."""
         sequence, trail = self.sequence, self._trail
@@ -180,7 +173,19 @@ class ChoiceText:
         )
 
 
-class ChatChoiceText(ChoiceText):
+class StreamedChoice(ChoiceText, ABC):
+    """A choice that becomes chunks of its own."""
+
+    @abstractmethod
+    def frames(self, batch: Sequence[TokenEvent]) -> bytes:
+        """The chunks of a batch; may be empty."""
+
+    @abstractmethod
+    def usage_frame(self, usage: Usage) -> bytes:
+        """The chunk behind the last one, without choices."""
+
+
+class ChatChoiceText(StreamedChoice):
     """A choice of a chat completion."""
 
     _has_begun = False
@@ -220,7 +225,7 @@ class ChatChoiceText(ChoiceText):
         return b"".join(frames)
 
     def usage_frame(self, usage: Usage) -> bytes:
-        """See `ChoiceText.usage_frame`."""
+        """See `StreamedChoice.usage_frame`."""
         head = self._head
         return frame(
             ChatCompletionChunk(
@@ -259,7 +264,7 @@ class ChatChoiceText(ChoiceText):
         return ChatLogprobs(content=[self._token_logprob(record.event) for record in records])
 
 
-class CompletionChoiceText(ChoiceText):
+class CompletionChoiceText(StreamedChoice):
     """A choice of a plain completion, which may begin with its prompt (`echo`)."""
 
     shows_special_logprobs = True
@@ -319,7 +324,7 @@ class CompletionChoiceText(ChoiceText):
         return b"".join(frames)
 
     def usage_frame(self, usage: Usage) -> bytes:
-        """See `ChoiceText.usage_frame`."""
+        """See `StreamedChoice.usage_frame`."""
         return frame(self._completion([], usage))
 
     def whole(self) -> CompletionChoice:

@@ -30,7 +30,6 @@ import weft
 from weft.config import Settings, load_settings
 from weft.core.clock import Clock
 from weft.core.info import EngineInfo
-from weft.core.request import TokenId
 from weft.errors import NotReadyError, PortInUseError, StartupError, TemplateError
 from weft.router.app import build_app
 from weft.router.backend import GrpcBackend
@@ -38,7 +37,7 @@ from weft.router.context import RouterContext
 from weft.router.engine_metrics import EngineMetrics
 from weft.router.lifecycle import Progress, ServerState
 from weft.router.protocol import HttpServer, LimitedHttpProtocol
-from weft.router.served import SamplingDefaults, ServedModel
+from weft.router.served import served_model
 from weft.telemetry import logging as weft_logging
 from weft.telemetry.metrics import Registry
 from weft.telemetry.tracing import open_tracing
@@ -296,23 +295,6 @@ async def _warm(template: ChatTemplate | None) -> None:
         await template.start()
     except TemplateError as error:
         log.warning("chat_template.unusable", problem=error.message)
-
-
-def served_model(settings: Settings, info: EngineInfo, assets: TextAssets) -> ServedModel:
-    """The model with the limits in force: what was asked for, within what the shards can hold."""
-    max_total_tokens = min(info.max_total_tokens, settings.max_total_tokens or info.max_total_tokens)
-    if settings.max_total_tokens is None and assets.model_max_length is not None:
-        max_total_tokens = min(max_total_tokens, assets.model_max_length)
-    return ServedModel(
-        info=info,
-        tokenizer=assets.tokenizer,
-        chat_template=assets.chat_template,
-        eos_token_ids=tuple(TokenId(token_id) for token_id in assets.eos_token_ids if token_id < info.vocab_size),
-        max_input_tokens=min(settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1),
-        max_total_tokens=max_total_tokens,
-        sampling_defaults=SamplingDefaults.choose(settings, assets.recommended_sampling),
-        created_s=int(time.time()),
-    )
 
 
 def compute_type(info: EngineInfo) -> str:

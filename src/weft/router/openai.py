@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from weft.core.request import Request
 from weft.errors import ValidationError
 from weft.router.body import decode
-from weft.router.choices import ChatChoiceText, ChoiceText, CompletionChoiceText
+from weft.router.choices import ChatChoiceText, CompletionChoiceText, StreamedChoice
 from weft.router.context import RouterContext
 from weft.router.conversation import compute_headers, counted, encode, prepare
 from weft.router.error_replies import openai_end_frames
@@ -39,7 +39,7 @@ class _Job:
     """A `/v1` request, ready to run."""
 
     requests: list[Request]
-    choices: Sequence[ChoiceText]
+    choices: Sequence[StreamedChoice]
     headers: RawHeaders
     num_prompt_tokens: int
     wants_usage: bool

@@ -1,6 +1,7 @@
 """The model as the router sees it. Exists once the shards are ready."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from typing import Any, Protocol, Self
 from weft.config import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, Settings
 from weft.core.info import EngineInfo
 from weft.core.request import TokenId
+from weft.text.assets import TextAssets
 from weft.text.chat import JsonObject
 from weft.text.tokenizer import Tokenizer, TokenSpan
 
@@ -91,3 +93,20 @@ class ServedModel:
     async def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> Sequence[TokenSpan]:
         """Text → tokens and their places, on a thread."""
         return await asyncio.to_thread(self.tokenizer.encode_with_offsets, text, add_special_tokens)
+
+
+def served_model(settings: Settings, info: EngineInfo, assets: TextAssets) -> ServedModel:
+    """The model with the limits in force: what was asked for, within what the shards can hold."""
+    max_total_tokens = min(info.max_total_tokens, settings.max_total_tokens or info.max_total_tokens)
+    if settings.max_total_tokens is None and assets.model_max_length is not None:
+        max_total_tokens = min(max_total_tokens, assets.model_max_length)
+    return ServedModel(
+        info=info,
+        tokenizer=assets.tokenizer,
+        chat_template=assets.chat_template,
+        eos_token_ids=tuple(TokenId(token_id) for token_id in assets.eos_token_ids if token_id < info.vocab_size),
+        max_input_tokens=min(settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1),
+        max_total_tokens=max_total_tokens,
+        sampling_defaults=SamplingDefaults.choose(settings, assets.recommended_sampling),
+        created_s=int(time.time()),
+    )
