@@ -393,9 +393,29 @@ class TestCompletions:
         assert answer.json["choices"][0]["logprobs"] == {
             "tokens": ["a", "b", "c"],
             "token_logprobs": [None, -1.0, -0.5],
-            "top_logprobs": [None, {"b": -1.0}, {"c": -0.5}],
+            "top_logprobs": [None, {"<s>": -0.5, "b": -1.0}, {"c": -0.5}],
             "text_offset": [0, 1, 2],
         }
+
+    async def test_a_prompt_token_that_is_the_likeliest_stands_alone(self):
+        house = build_house(say("c"))
+
+        answer = await house.post(COMPLETIONS, {"prompt": [2, 0, 1], "echo": True, "logprobs": 1, "max_tokens": 0})
+
+        assert answer.json["choices"][0]["logprobs"]["top_logprobs"] == [None, {"<s>": -0.5}, {"<s>": -0.5, "</s>": -1}]
+        (request,) = house.backend.requests
+        assert (request.sampling.prompt_logprobs, request.sampling.prompt_top_n_tokens) == (True, 1)
+
+    async def test_offsets_of_an_echoed_prompt_count_its_characters(self):
+        """A token may be a part of a character, and a text begins with a token that it does not show."""
+        house = build_house(say("c"))
+
+        answer = await house.post(COMPLETIONS, {"prompt": "aéb", "echo": True, "logprobs": 0, "max_tokens": 1})
+
+        choice = answer.json["choices"][0]
+        assert choice["text"] == "aébc"
+        assert choice["logprobs"]["tokens"] == ["<s>", "a", "bytes:\\xc3", "bytes:\\xa9", "b", "c"]
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 2, 3]
 
     async def test_max_tokens_zero_with_echo_only_scores(self):
         house = build_house(say("c"))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from weft.core.plan import SequenceStart, StepPlan, StepResult
+from weft.core.plan import SequenceStart, StepPlan, StepResult, TopTokens
 from weft.core.request import RequestId, SamplingParams, Slot, StopConditions
 from weft.parallel.groups import Group
 from weft.runner.kv_pool import KvPool
@@ -26,6 +26,7 @@ class Running:
     num_computed: int = 0
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_tokens: list[TopTokens] = field(default_factory=list)
 
     @property
     def completion(self) -> list[int]:
@@ -136,6 +137,7 @@ class RunnerDriver:
                 sequence.token_ids.append(token_id)
                 sequence.logprobs.append(logprob)
             sequence.prompt_logprobs.extend(result.prompt_logprobs.get(row, ()))
+            sequence.prompt_top_tokens.extend(result.prompt_top_tokens.get(row, ()))
 
     def step(self, rows: Sequence[tuple[Running, int]]) -> StepResult:
         plan = self.plan(rows)

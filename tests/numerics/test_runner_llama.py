@@ -64,6 +64,24 @@ def test_prompt_and_token_logprobs_equal_transformers(decoder: Decoder, referenc
     torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_alternatives_to_prompt_tokens_equal_transformers(
+    decoder: Decoder, reference: torch.nn.Module, chunk: int
+) -> None:
+    driver = new_driver(decoder)
+    asking = driver.start(PROMPT, SamplingParams(prompt_logprobs=True, prompt_top_n_tokens=3, temperature=0.7))
+    silent = driver.start(PROMPT[2:], SamplingParams(prompt_logprobs=True))
+    expected = reference_logits(reference, PROMPT).log_softmax(-1)[:-1].topk(3)
+
+    driver.step([(silent, len(PROMPT) - 2), (asking, 1)])
+    driver.generate(asking, 1, chunk=chunk)
+
+    assert [list(top.token_ids) for top in asking.prompt_top_tokens] == expected.indices.tolist()
+    told = torch.tensor([top.logprobs for top in asking.prompt_top_tokens])
+    torch.testing.assert_close(told, expected.values, rtol=1e-4, atol=1e-4)
+    assert silent.prompt_top_tokens == []
+
+
 def test_seeded_tokens_are_the_same_in_any_company_and_any_chunks(decoder: Decoder) -> None:
     sampling = SamplingParams(temperature=1.5, top_p=0.95, repetition_penalty=1.1, seed=99)
     alone = new_driver(decoder)

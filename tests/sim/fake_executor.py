@@ -146,7 +146,10 @@ class FakeExecutor:
         start = table.start
         if start.sampling.prompt_logprobs:
             stop = min(end, start.num_prompt_tokens - 1)
-            result.prompt_logprobs[row] = tuple(prompt_logprob(table.entry(i)) for i in range(first, stop))
+            entries = [table.entry(i) for i in range(first, stop)]
+            result.prompt_logprobs[row] = tuple(map(prompt_logprob, entries))
+            if count := start.sampling.prompt_top_n_tokens:
+                result.prompt_top_tokens[row] = tuple(top_tokens(entry, count) for entry in entries)
         if not plan.samples[row]:
             return 0, 0.0
         entry = table.entry(end - 1)

@@ -22,7 +22,7 @@ from tests.sim.fake_executor import (
 )
 
 from weft.core.events import Event, FailureEvent, TokenEvent
-from weft.core.plan import StepPlan, StepResult
+from weft.core.plan import StepPlan, StepResult, TopTokens
 from weft.core.request import FinishReason, Request, RequestId, SamplingParams, StopConditions
 from weft.errors import ContextLengthError, OverloadedError
 from weft.scheduler import invariants
@@ -282,7 +282,8 @@ class Simulation:
             sampling=SamplingParams(
                 seed=random.choice((7, random.getrandbits(64))),
                 top_n_tokens=random.choice((0, 0, 2)),
-                prompt_logprobs=random.random() < 0.2,
+                prompt_logprobs=(asks := random.random() < 0.2),
+                prompt_top_n_tokens=2 * (asks and request_id % 2),
             ),
             stop=StopConditions(
                 max_new_tokens=max_new,
@@ -375,9 +376,11 @@ def check_answer(request: Request, events: list[TokenEvent], *, is_resumed: bool
     """Compare with the answer the request would get alone, computed without scheduler or blocks."""
     entry = 0
     reports: list[float] = []
+    prompt_tops: list[TopTokens] = []
     for position, token_id in enumerate(request.prompt_token_ids):
         if position:
             reports.append(prompt_logprob(entry))
+            prompt_tops.append(top_tokens(entry, request.sampling.prompt_top_n_tokens))
         entry = mix(entry, token_id)
     for index, event in enumerate(events):
         token_id, logprob = choose_token(entry, index, request)
@@ -391,6 +394,8 @@ def check_answer(request: Request, events: list[TokenEvent], *, is_resumed: bool
             raise SimulationFailed(f"token {index} of request {request.request_id}: {found}, alone {token_id}")
         entry = mix(entry, token_id)
     _check_prompt_report(request, events, reports, is_resumed=is_resumed)
+    if request.sampling.prompt_top_n_tokens and events[0].prompt.prompt_top_tokens != tuple(prompt_tops):
+        raise SimulationFailed(f"alternatives to prompt tokens of request {request.request_id} differ")
     if NAN in (event.token_id for event in events):
         raise SimulationFailed("a token of a row that is not a number went out")
 

@@ -21,6 +21,8 @@ class PromptReport:
     """From the engine accepting the request to its first scheduled step."""
     prompt_logprobs: tuple[float, ...] | None = None
     """For prompt tokens 1 … P-1 (the first has none); None unless asked for."""
+    prompt_top_tokens: tuple[TopTokens, ...] | None = None
+    """The likeliest tokens in the places of prompt tokens 1 … P-1; None unless asked for."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -82,5 +82,7 @@ class StepResult:
     """Row index → alternatives, for rows whose sampling asks for them."""
     prompt_logprobs: dict[int, tuple[float, ...]] = field(default_factory=dict)
     """Row index → log-probability of the tokens at positions first+1 … first+num that are prompt tokens."""
+    prompt_top_tokens: dict[int, tuple[TopTokens, ...]] = field(default_factory=dict)
+    """Row index → alternatives to those tokens, for rows whose sampling asks for them."""
     failures: dict[int, str] = field(default_factory=dict)
     """Row index → stable error code (for example `numerical_error`); such a row's token is meaningless."""

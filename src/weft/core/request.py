@@ -86,6 +86,8 @@ class SamplingParams:
     """How many alternatives to report per generated token."""
     prompt_logprobs: bool = False
     """Report the log-probability of every prompt token but the first. Skips the prefix cache lookup."""
+    prompt_top_n_tokens: int = 0
+    """How many alternatives to report per prompt token but the first; needs `prompt_logprobs`."""
 
     @property
     def is_greedy(self) -> bool:
@@ -111,6 +113,8 @@ class SamplingParams:
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("top_n_tokens", self.top_n_tokens, 0, LIMITS.max_top_n_tokens_cap)
+        highest = LIMITS.max_top_n_tokens_cap if self.prompt_logprobs else 0
+        _check_range("prompt_top_n_tokens", self.prompt_top_n_tokens, 0, highest)
         _check_range("logit_bias length", len(self.logit_bias), 0, LIMITS.max_logit_bias_entries)
         for token_id, bias in self.logit_bias:
             _check_range("logit_bias token id", token_id, 0, vocab_size - 1)

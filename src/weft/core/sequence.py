@@ -13,7 +13,7 @@ Whatever is further behind is a prompt (or a preempted history) that must be pre
 from dataclasses import dataclass, field
 from typing import Self
 
-from weft.core.plan import SequenceStart
+from weft.core.plan import SequenceStart, TopTokens
 from weft.core.request import BlockId, FinishReason, Request, Slot
 
 NO_SLOT = Slot(-1)
@@ -72,6 +72,8 @@ class Sequence:
     """Prompt tokens that came from the prefix index at the first start."""
     prompt_logprobs: list[float] = field(default_factory=list)
     """Log-probabilities of prompt tokens 1 … so far."""
+    prompt_top_tokens: list[TopTokens] = field(default_factory=list)
+    """Alternatives to prompt tokens 1 … so far."""
     has_reported_prompt: bool = False
 
     @classmethod
@@ -155,13 +157,21 @@ class Sequence:
         self.num_stale_rows = self.num_open_rows
         self.num_expected = len(self.token_ids)
 
-    def collect_prompt_logprobs(self, first_position: int, logprobs: tuple[float, ...]) -> None:
-        """Keep the log-probabilities of the tokens behind `first_position`, once each.
+    def collect_prompt_logprobs(
+        self, first_position: int, logprobs: tuple[float, ...], top_tokens: tuple[TopTokens, ...] = ()
+    ) -> None:
+        """Keep what is reported about the tokens behind `first_position`, once each.
 
         After a preemption the same positions come a second time with the same values; only new ones are kept.
         """
-        num_known = len(self.prompt_logprobs) - first_position
-        self.prompt_logprobs.extend(logprobs[max(num_known, 0) :])
+        num_known = max(len(self.prompt_logprobs) - first_position, 0)
+        self.prompt_logprobs.extend(logprobs[num_known:])
+        self.prompt_top_tokens.extend(top_tokens[num_known:])
+
+    def forget_prompt_logprobs(self) -> None:
+        """What was reported about the prompt is not to be trusted."""
+        self.prompt_logprobs.clear()
+        self.prompt_top_tokens.clear()
 
     def finish_reason(self, token_id: int) -> FinishReason | None:
         """Why the sequence ends with the token just appended, if it does. EOS wins over length."""

@@ -5,6 +5,7 @@ be represented is refused. Round trips are tested for every field.
 """
 
 from collections.abc import Iterable
+from itertools import chain, islice
 
 from weft.core.events import Event, FailureEvent, PromptReport, TokenEvent
 from weft.core.info import EngineInfo, EngineStats
@@ -64,6 +65,7 @@ def request_to_wire(request: Request, now_ns: int) -> pb.Request:
             logprob_style=_LOGPROB_TO_WIRE[sampling.logprob_style],
             top_n_tokens=sampling.top_n_tokens,
             prompt_logprobs=sampling.prompt_logprobs,
+            prompt_top_n_tokens=sampling.prompt_top_n_tokens,
         ),
         stop=pb.Stop(
             max_new_tokens=request.stop.max_new_tokens,
@@ -106,6 +108,7 @@ def request_from_wire(message: pb.Request, now_ns: int) -> Request:
             logprob_style=_LOGPROB_FROM_WIRE[sampling.logprob_style],
             top_n_tokens=sampling.top_n_tokens,
             prompt_logprobs=sampling.prompt_logprobs,
+            prompt_top_n_tokens=sampling.prompt_top_n_tokens,
         ),
         stop=StopConditions(
             max_new_tokens=stop.max_new_tokens,
@@ -177,16 +180,22 @@ def _detail_to_wire(entry: int, event: TokenEvent) -> pb.TokenDetail:
         detail.top_token_ids.extend(event.top_tokens.token_ids)
         detail.top_logprobs.extend(event.top_tokens.logprobs)
     if event.prompt is not None:
-        logprobs = event.prompt.prompt_logprobs
-        detail.prompt.CopyFrom(
-            pb.PromptReport(
-                num_cached_tokens=event.prompt.num_cached_tokens,
-                queue_ns=event.prompt.queue_ns,
-                has_prompt_logprobs=logprobs is not None,
-                prompt_logprobs=logprobs or (),
-            )
-        )
+        detail.prompt.CopyFrom(_prompt_report_to_wire(event.prompt))
     return detail
+
+
+def _prompt_report_to_wire(report: PromptReport) -> pb.PromptReport:
+    logprobs, tops = report.prompt_logprobs, report.prompt_top_tokens
+    return pb.PromptReport(
+        num_cached_tokens=report.num_cached_tokens,
+        queue_ns=report.queue_ns,
+        has_prompt_logprobs=logprobs is not None,
+        prompt_logprobs=logprobs or (),
+        has_prompt_top_tokens=tops is not None,
+        prompt_top_counts=[len(top.token_ids) for top in tops or ()],
+        prompt_top_token_ids=chain.from_iterable(top.token_ids for top in tops or ()),
+        prompt_top_logprobs=chain.from_iterable(top.logprobs for top in tops or ()),
+    )
 
 
 def _top_tokens_from_wire(detail: pb.TokenDetail) -> TopTokens | None:
@@ -203,6 +212,14 @@ def _prompt_report_from_wire(detail: pb.TokenDetail) -> PromptReport | None:
         num_cached_tokens=report.num_cached_tokens,
         queue_ns=report.queue_ns,
         prompt_logprobs=tuple(report.prompt_logprobs) if report.has_prompt_logprobs else None,
+        prompt_top_tokens=_prompt_top_tokens_from_wire(report) if report.has_prompt_top_tokens else None,
+    )
+
+
+def _prompt_top_tokens_from_wire(report: pb.PromptReport) -> tuple[TopTokens, ...]:
+    token_ids, logprobs = iter(report.prompt_top_token_ids), iter(report.prompt_top_logprobs)
+    return tuple(
+        TopTokens(tuple(islice(token_ids, count)), tuple(islice(logprobs, count))) for count in report.prompt_top_counts
     )
 
 

@@ -377,6 +377,7 @@ def _scripted_events(request: Request, script: Script) -> list[TokenEvent]:
         num_cached_tokens=script.num_cached_tokens,
         queue_ns=script.queue_ns,
         prompt_logprobs=(-1.0,) * (len(request.prompt_token_ids) - 1) if request.sampling.prompt_logprobs else None,
+        prompt_top_tokens=_scripted_prompt_tops(request),
     )
     return [
         TokenEvent(
@@ -390,6 +391,15 @@ def _scripted_events(request: Request, script: Script) -> list[TokenEvent]:
         )
         for index, token_id in enumerate(token_ids)
     ]
+
+
+def _scripted_prompt_tops(request: Request) -> tuple[TopTokens, ...] | None:
+    """In every place of the prompt: the first tokens of the vocabulary, the first one certain."""
+    count = request.sampling.prompt_top_n_tokens
+    if not count:
+        return None
+    top = TopTokens(tuple(range(count)), tuple(-0.5 - rank for rank in range(count)))
+    return (top,) * (len(request.prompt_token_ids) - 1)
 
 
 def _scripted_alternatives(token_id: int, request: Request, script: Script) -> TopTokens | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
 
-from weft.core.events import TokenEvent
+from weft.core.events import PromptReport, TokenEvent
+from weft.core.plan import TopTokens
 from weft.core.request import FinishReason, Request
 from weft.router.json_values import shown_logprob
 from weft.router.schemas_openai import (
@@ -31,7 +32,9 @@ from weft.router.schemas_openai import (
 from weft.router.sequence_text import SequenceText
 from weft.router.served import ServedModel
 from weft.router.stream import encode_json, frame
+from weft.text.detokenize import Detokenizer
 
+_REPLACEMENT = "\ufffd"
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
@@ -288,7 +291,7 @@ class CompletionChoiceText(StreamedChoice):
         self._echo_text = echo_text
         # OpenAI: `max_tokens` 0 with `echo` scores the prompt. The engine needs one token; it is not shown.
         self._hides_completion = body.max_tokens == 0
-        self._prompt_logprobs: tuple[float, ...] | None = None
+        self._prompt: PromptReport | None = None
         self._has_begun = False
         marker = "\0"
         before, _, after = self._chunk(marker, None).partition(encode_json(marker))
@@ -341,7 +344,7 @@ class CompletionChoiceText(StreamedChoice):
     def _note_prompt(self, batch: Sequence[TokenEvent]) -> None:
         report = batch[0].prompt
         if report is not None and report.prompt_logprobs is not None:
-            self._prompt_logprobs = report.prompt_logprobs
+            self._prompt = report
 
     def _chunk(self, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None = None) -> bytes:
         choice = CompletionChoice(index=self.index, text=text, logprobs=logprobs, finish_reason=finish_reason)
@@ -363,23 +366,38 @@ class CompletionChoiceText(StreamedChoice):
             return None
         count = self._request.sampling.top_n_tokens
         lists = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[] if count else None, text_offset=[])
-        if with_prompt and self._prompt_logprobs is not None:
-            self._add_prompt(lists, self._prompt_logprobs)
+        if with_prompt and self._prompt is not None:
+            self._add_prompt(lists, self._prompt)
         for record in records:
             event = record.event
-            top = event.top_tokens
-            pairs = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
-            self._add(lists, event.token_id, event.logprob, (*pairs, (event.token_id, event.logprob)))
+            top = event.top_tokens or TopTokens((), ())
+            best = TopTokens(top.token_ids[:count], top.logprobs[:count])
+            self._add(lists, event.token_id, event.logprob, _with_own(best, event.token_id, event.logprob))
             lists.text_offset[-1] = len(self._echo_text) + record.start
         return lists
 
-    def _add_prompt(self, lists: CompletionLogprobs, logprobs: Sequence[float]) -> None:
-        """The prompt's tokens; the first has no log-probability, and the engine reports no alternatives to them."""
-        offset = 0
-        for token_id, logprob in zip(self._request.prompt_token_ids, (None, *logprobs), strict=True):
-            self._add(lists, token_id, logprob, () if logprob is None else ((token_id, logprob),))
-            lists.text_offset[-1] = offset
-            offset += len(lists.tokens[-1])
+    def _add_prompt(self, lists: CompletionLogprobs, prompt: PromptReport) -> None:
+        """The prompt's tokens; the first has neither a log-probability nor alternatives."""
+        token_ids = self._request.prompt_token_ids
+        tops = prompt.prompt_top_tokens or (TopTokens((), ()),) * (len(token_ids) - 1)
+        self._add(lists, token_ids[0], None, ())
+        for token_id, logprob, top in zip(token_ids[1:], prompt.prompt_logprobs or (), tops, strict=True):
+            self._add(lists, token_id, logprob, _with_own(top, token_id, logprob))
+        lists.text_offset[:] = self._echo_offsets()
+
+    def _echo_offsets(self) -> list[int]:
+        """Where the text of each prompt token begins in the echoed text, which does not show every special token."""
+        tokenizer, text = self._model.tokenizer, self._echo_text
+        detokenizer = Detokenizer(tokenizer)
+        offsets: list[int] = []
+        place = 0
+        for token_id in self._request.prompt_token_ids:
+            offsets.append(place)
+            if not tokenizer.is_special(token_id):
+                place += len(detokenizer.push(token_id))
+            elif text.startswith(spelling := tokenizer.token_text(token_id), place):
+                place += len(spelling)
+        return offsets
 
     def _add(
         self,
@@ -388,10 +406,24 @@ class CompletionChoiceText(StreamedChoice):
         logprob: float | None,
         alternatives: Sequence[tuple[int, float]],
     ) -> None:
-        text_of = self._model.tokenizer.token_text
-        lists.tokens.append(text_of(token_id))
+        lists.tokens.append(self._spelling(token_id))
         lists.token_logprobs.append(None if logprob is None else shown_logprob(logprob))
         lists.text_offset.append(0)
         if lists.top_logprobs is not None:
-            shown = {text_of(other): shown_logprob(value) for other, value in alternatives}
+            shown: dict[str, float | None] = {}
+            for other, value in alternatives:
+                shown.setdefault(self._spelling(other), shown_logprob(value))
             lists.top_logprobs.append(shown or None)
+
+    def _spelling(self, token_id: int) -> str:
+        """A token as a text; a part of a character as OpenAI writes it, so that no two of them look the same."""
+        text = self._model.tokenizer.token_text(token_id)
+        if _REPLACEMENT not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._model.token_bytes(token_id))
+
+
+def _with_own(top: TopTokens, token_id: int, logprob: float) -> tuple[tuple[int, float], ...]:
+    """The alternatives, and the token itself where it is none of them."""
+    pairs = tuple(zip(top.token_ids, top.logprobs, strict=True))
+    return pairs if token_id in top.token_ids else (*pairs, (token_id, logprob))

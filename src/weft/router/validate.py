@@ -250,8 +250,9 @@ def check_completion(body: CompletionRequest, settings: Settings, model: ServedM
     _check_range("logprobs", logprobs, 0, LIMITS.max_top_n_tokens_cap)
     max_tokens = 16 if body.max_tokens is None else max(body.max_tokens, 1)
     checked = _check_sampling(body, settings, model, max_tokens=max_tokens, top_n_tokens=logprobs)
-    wants_prompt_logprobs = bool(body.echo) and body.logprobs is not None
-    return replace(checked, sampling=replace(checked.sampling, prompt_logprobs=wants_prompt_logprobs))
+    if not body.echo or body.logprobs is None:
+        return checked
+    return replace(checked, sampling=replace(checked.sampling, prompt_logprobs=True, prompt_top_n_tokens=body.logprobs))
 
 
 def fit_openai(num_prompt_tokens: int, checked: Checked, model: ServedModel, field: str) -> int:

@@ -10,15 +10,14 @@ rounding difference between ranks can ever make their sequences differ.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from weft.core.plan import StepPlan, StepResult
+from weft.core.plan import StepPlan, StepResult, TopTokens
 from weft.errors import GenerationError, InvariantBroken, NumericalError
 from weft.kernels import ops
 from weft.models.forward_batch import ForwardBatch
@@ -26,9 +25,12 @@ from weft.parallel.groups import Group
 from weft.runner.batch import BatchBuilder, StepBatch
 from weft.runner.host_memory import PROMPT_LOGPROB_BYTES
 from weft.runner.kv_pool import KvPool
+from weft.runner.sampling.logprobs import best_tokens
 from weft.runner.sampling.sampler import SampledTokens, Sampler
 from weft.runner.sampling.watermark import WatermarkSettings
 from weft.runner.slots import SlotTables
+
+_NO_TOPS = TopTokens((), ())
 
 
 class Model(Protocol):
@@ -54,6 +56,14 @@ class ChoosingModel(Model, Protocol):
     def greedy(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """`ops.greedy` of `forward`: ids [S'] int64 and log-probabilities [S'] float32."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptScores:
+    """What a step tells about prompt tokens, by plan row."""
+
+    logprobs: dict[int, tuple[float, ...]]
+    top_tokens: dict[int, tuple[TopTokens, ...]]
 
 
 class ModelRunner:
@@ -108,13 +118,13 @@ class ModelRunner:
             wanted = self._prompt_targets(batch)
             if on_launch is not None:
                 on_launch()
-            sampled, prompt_logprobs = self._compute(batch, wanted)
+            sampled, prompt = self._compute(batch, wanted)
             chosen = self._write_tokens(sampled.token_ids, batch).tolist()
             sampled_ids, logprobs = sampled.token_ids.tolist(), sampled.logprobs.tolist()
             is_sound = sampled_ids == chosen and all(map(isfinite, logprobs))
             failures = {} if is_sound else self._failures(sampled_ids, logprobs, batch)
             failures |= {
-                row: NumericalError.code for row, told in prompt_logprobs.items() if not all(map(isfinite, told))
+                row: NumericalError.code for row, told in prompt.logprobs.items() if not all(map(isfinite, told))
             }
         if self._device.type == "cuda":
             # A step that samples nothing has copied nothing back: without this it would seem to cost nothing, and the
@@ -128,21 +138,20 @@ class ModelRunner:
             token_ids=chosen,
             logprobs=logprobs,
             top_tokens={rows[row]: tops for row, tops in sampled.top_tokens.items()},
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=prompt.logprobs,
+            prompt_top_tokens=prompt.top_tokens,
             failures=failures,
         )
 
-    def _compute(
-        self, batch: StepBatch, wanted: dict[int, tuple[int, int]]
-    ) -> tuple[SampledTokens, dict[int, tuple[float, ...]]]:
-        """The choice of each sampling row, and log-probabilities of the wanted prompt tokens by plan row."""
+    def _compute(self, batch: StepBatch, wanted: dict[int, tuple[int, int]]) -> tuple[SampledTokens, _PromptScores]:
+        """The choice of each sampling row, and what is to be told about the wanted prompt tokens."""
         if wanted:
-            logits, prompt_logprobs = self._forward_with_prompt(batch, wanted)
-            return self._sample(logits, batch), prompt_logprobs
+            logits, prompt = self._forward_with_prompt(batch, wanted)
+            return self._sample(logits, batch), prompt
         if self._choosing_model is not None and self._sampler.is_greedy(batch.sampling_slots):
-            return SampledTokens(*self._choosing_model.greedy(batch.forward)), {}
+            return SampledTokens(*self._choosing_model.greedy(batch.forward)), _PromptScores({}, {})
         logits = self._checked(self._model.forward(batch.forward), len(batch.sampling_rows))
-        return self._sample(logits, batch), {}
+        return self._sample(logits, batch), _PromptScores({}, {})
 
     def _checked(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
         if logits.shape != (num_rows, self._vocab_size) or logits.dtype != torch.float32:
@@ -195,8 +204,8 @@ class ModelRunner:
 
     def _forward_with_prompt(
         self, batch: StepBatch, wanted: dict[int, tuple[int, int]]
-    ) -> tuple[torch.Tensor, dict[int, tuple[float, ...]]]:
-        """Logits of the sampling rows, and raw log-probabilities of the wanted prompt tokens by plan row.
+    ) -> tuple[torch.Tensor, _PromptScores]:
+        """Logits of the sampling rows, and what the raw logits say about the wanted prompt tokens.
 
         The hidden states of all these rows are kept, their logits only piece by piece: those of a whole prompt
         may be larger than the model.
@@ -208,15 +217,32 @@ class ModelRunner:
         hidden = self._model.hidden_states(replace(batch.forward, logit_rows=logit_rows))
         num_sampling = len(batch.sampling_rows)
         logits = self._checked(self._model.logits(hidden[:num_sampling]), num_sampling)
-        logprobs = iter(self._piecewise_logprobs(hidden[num_sampling:], targets.long()))
-        return logits, {row: tuple(islice(logprobs, end - first)) for row, (first, end) in wanted.items()}
+        counts = self._sampler.prompt_top_n_tokens[batch.slots].tolist()
+        wanted_tops = [counts[row] for row, (first, end) in wanted.items() for _ in range(first, end)]
+        logprobs, tops = self._piecewise_scores(hidden[num_sampling:], targets.long(), wanted_tops)
+        prompt, start = _PromptScores({}, {}), 0
+        for row, (first, end) in wanted.items():
+            own = slice(start, start + end - first)
+            start = own.stop
+            prompt.logprobs[row] = tuple(logprobs[own])
+            if counts[row]:
+                prompt.top_tokens[row] = tuple(tops[own])
+        return logits, prompt
 
-    def _piecewise_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> list[float]:
-        """Log-softmax of the logits of each hidden state at its target. Shapes: hidden [n, E], targets [n]."""
+    def _piecewise_scores(
+        self, hidden: torch.Tensor, targets: torch.Tensor, wanted_tops: list[int]
+    ) -> tuple[list[float], list[TopTokens]]:
+        """Log-softmax of the logits of each hidden state at its target, and the `wanted_tops` likeliest tokens.
+
+        Shapes   hidden [n, E], targets [n], wanted_tops [n]
+        """
         rows_per_piece = max(1, PROMPT_LOGPROB_BYTES // (4 * self._vocab_size))
         logprobs: list[float] = []
+        tops: list[TopTokens] = []
         for start in range(0, len(targets), rows_per_piece):
-            piece = targets[start : start + rows_per_piece]
-            logits = self._checked(self._model.logits(hidden[start : start + rows_per_piece]), len(piece))
+            stop = start + rows_per_piece
+            piece, wanted = targets[start:stop], wanted_tops[start:stop]
+            logits = self._checked(self._model.logits(hidden[start:stop]), len(piece))
             logprobs.extend(ops.token_logprobs(logits, piece).tolist())
-        return logprobs
+            tops.extend(best_tokens(logits, wanted) if any(wanted) else [_NO_TOPS] * len(piece))
+        return logprobs, tops

@@ -126,7 +126,9 @@ class ResultApplier:
         first_position = plan.first_positions[row]
         self._roster.share_computed(sequence, first_position + plan.num_tokens[row])
         if row in result.prompt_logprobs and sequence.wants_prompt_logprobs:
-            sequence.collect_prompt_logprobs(first_position, result.prompt_logprobs[row])
+            sequence.collect_prompt_logprobs(
+                first_position, result.prompt_logprobs[row], result.prompt_top_tokens.get(row, ())
+            )
         if place is not None:
             if sequence.is_suspect:
                 self._roster.clear(sequence)
@@ -168,7 +170,7 @@ class ResultApplier:
             self.fail(sequence, code, _NUMERICAL_MESSAGE, events)
             return
         sequence.distrust_open_rows()
-        sequence.prompt_logprobs.clear()
+        sequence.forget_prompt_logprobs()
         if sequence.is_running:
             self._roster.set_back(sequence)
 
@@ -180,6 +182,15 @@ def _report_prompt(sequence: Sequence) -> PromptReport:
         raise InvariantBroken(
             f"{len(logprobs)} prompt log-probabilities came back for {sequence.num_prompt_tokens} prompt tokens"
         )
+    has_tops = logprobs is not None and sequence.request.sampling.prompt_top_n_tokens > 0
+    if has_tops and len(sequence.prompt_top_tokens) != sequence.num_prompt_tokens - 1:
+        raise InvariantBroken(
+            f"alternatives to {len(sequence.prompt_top_tokens)} tokens came back for {sequence.num_prompt_tokens} "
+            "prompt tokens"
+        )
     return PromptReport(
-        num_cached_tokens=sequence.num_cached_tokens, queue_ns=sequence.queue_ns, prompt_logprobs=logprobs
+        num_cached_tokens=sequence.num_cached_tokens,
+        queue_ns=sequence.queue_ns,
+        prompt_logprobs=logprobs,
+        prompt_top_tokens=tuple(sequence.prompt_top_tokens) if has_tops else None,
     )

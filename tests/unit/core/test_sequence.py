@@ -2,6 +2,7 @@
 
 import pytest
 
+from weft.core.plan import TopTokens
 from weft.core.request import FinishReason, Request, RequestId, SamplingParams, Slot, StopConditions
 from weft.core.sequence import NO_SLOT, Sequence
 
@@ -130,6 +131,19 @@ def test_prompt_logprobs_are_kept_once_when_chunks_come_again() -> None:
     sequence.collect_prompt_logprobs(5, ())
 
     assert sequence.prompt_logprobs == [-1.0, -2.0, -3.0, -4.0, -5.0]
+
+
+def test_alternatives_to_prompt_tokens_are_kept_once_when_chunks_come_again() -> None:
+    sequence = make_sequence(prompt_logprobs=True)
+    tops = tuple(TopTokens((i,), (-0.5,)) for i in range(4))
+
+    sequence.collect_prompt_logprobs(0, (-1.0, -2.0), tops[:2])
+    sequence.collect_prompt_logprobs(0, (-1.0, -2.0, -3.0), tops[:3])
+    sequence.collect_prompt_logprobs(2, (-3.0, -4.0), tops[2:])
+
+    assert sequence.prompt_top_tokens == list(tops)
+    sequence.forget_prompt_logprobs()
+    assert (sequence.prompt_logprobs, sequence.prompt_top_tokens) == ([], [])
 
 
 @pytest.mark.parametrize(("emitted", "wanted"), [((), True), ((7,), False)])

@@ -44,6 +44,7 @@ samplings = st.builds(
     logprob_style=st.sampled_from(LogprobStyle),
     top_n_tokens=st.integers(0, 20),
     prompt_logprobs=st.booleans(),
+    prompt_top_n_tokens=st.integers(0, 20),
 )
 stops = st.builds(
     StopConditions,
@@ -65,6 +66,13 @@ requests = st.builds(
     trace_parent=st.text(max_size=8),
 )
 FLOAT32 = st.floats(width=32, allow_nan=False)
+
+
+def top_tokens(min_size: int) -> st.SearchStrategy[TopTokens]:
+    rows = st.lists(st.tuples(TOKEN, FLOAT32), min_size=min_size, max_size=5)
+    return rows.map(lambda row: TopTokens(tuple(i for i, _ in row), tuple(p for _, p in row)))
+
+
 token_events = st.builds(
     TokenEvent,
     request_id=U64,
@@ -72,16 +80,14 @@ token_events = st.builds(
     token_id=TOKEN,
     logprob=FLOAT32,
     finish_reason=st.none() | st.sampled_from(FinishReason),
-    top_tokens=st.none()
-    | st.lists(st.tuples(TOKEN, FLOAT32), min_size=1, max_size=5).map(
-        lambda rows: TopTokens(tuple(i for i, _ in rows), tuple(p for _, p in rows))
-    ),
+    top_tokens=st.none() | top_tokens(min_size=1),
     prompt=st.none()
     | st.builds(
         PromptReport,
         num_cached_tokens=TOKEN,
         queue_ns=U64,
         prompt_logprobs=st.none() | st.lists(FLOAT32, max_size=5).map(tuple),
+        prompt_top_tokens=st.none() | st.lists(top_tokens(min_size=0), max_size=5).map(tuple),
     ),
 )
 failure_events = st.builds(FailureEvent, request_id=U64, code=st.text(max_size=8), message=st.text(max_size=8))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from weft.core.events import Event, FailureEvent, TokenEvent
-from weft.core.plan import StepPlan, StepResult
+from weft.core.plan import StepPlan, StepResult, TopTokens
 from weft.core.request import Request, RequestId, SamplingParams, StopConditions
 from weft.scheduler import invariants
 from weft.scheduler.config import SchedulerConfig
@@ -37,6 +37,7 @@ def make_request(
     eos: tuple[int, ...] = (EOS,),
     ignore_eos: bool = False,
     prompt_logprobs: bool = False,
+    prompt_top_n_tokens: int = 0,
     **changes: Any,
 ) -> Request:
     """`prompt` is a length (of ids that no other request id shares) or the ids themselves."""
@@ -44,7 +45,7 @@ def make_request(
     return Request(
         request_id=RequestId(request_id),
         prompt_token_ids=ids,
-        sampling=SamplingParams(prompt_logprobs=prompt_logprobs),
+        sampling=SamplingParams(prompt_logprobs=prompt_logprobs, prompt_top_n_tokens=prompt_top_n_tokens),
         stop=StopConditions(
             max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, eos_token_ids=eos, ignore_eos=ignore_eos
         ),
@@ -92,6 +93,7 @@ class Crank:
         elapsed_ns: int = 1000,
         failures: Mapping[int, str] | None = None,
         prompt_logprobs: Mapping[int, tuple[float, ...]] | None = None,
+        prompt_top_tokens: Mapping[int, tuple[TopTokens, ...]] | None = None,
     ) -> list[Event]:
         """Apply the oldest open plan. `token` is what every row samples, or a function of the slot."""
         plan = self.open.popleft()
@@ -103,6 +105,7 @@ class Crank:
             token_ids=token_ids,
             logprobs=[-0.5] * len(token_ids),
             prompt_logprobs=dict(prompt_logprobs or {}),
+            prompt_top_tokens=dict(prompt_top_tokens or {}),
             failures=dict(failures or {}),
         )
         self.now_ns += elapsed_ns

@@ -3,7 +3,7 @@
 import pytest
 from tests.unit.scheduler.builders import EOS, Crank, make_request, rows, started
 
-from weft.core.plan import StepResult
+from weft.core.plan import StepResult, TopTokens
 from weft.core.request import FinishReason
 from weft.errors import ContextLengthError, InvariantBroken, OverloadedError, ValidationError
 
@@ -267,6 +267,28 @@ def test_prompt_logprobs_are_collected_over_chunks_and_come_with_the_first_token
     (event,) = crank.apply(prompt_logprobs={0: (-9.0,)})
 
     assert event.prompt.prompt_logprobs == tuple(-float(i) for i in range(1, 10))
+
+
+def test_alternatives_to_prompt_tokens_are_collected_with_their_logprobs() -> None:
+    crank = Crank(max_batch_prefill_tokens=4)
+    crank.add(make_request(prompt=6, max_new_tokens=1, prompt_logprobs=True, prompt_top_n_tokens=1))
+    tops = tuple(TopTokens((i,), (-0.5,)) for i in range(5))
+
+    crank.must_plan()
+    crank.apply(prompt_logprobs={0: (-1.0,) * 4}, prompt_top_tokens={0: tops[:4]})
+    crank.must_plan()
+    (event,) = crank.apply(prompt_logprobs={0: (-1.0,)}, prompt_top_tokens={0: tops[4:]})
+
+    assert event.prompt.prompt_top_tokens == tops
+
+
+def test_missing_alternatives_to_prompt_tokens_are_a_bug_and_not_a_shorter_list() -> None:
+    crank = Crank()
+    crank.add(make_request(prompt=3, prompt_logprobs=True, prompt_top_n_tokens=1))
+    crank.must_plan()
+
+    with pytest.raises(InvariantBroken):
+        crank.apply(prompt_logprobs={0: (-1.0, -2.0)})
 
 
 def test_a_lone_prompt_token_has_no_prompt_logprobs_but_says_so() -> None:

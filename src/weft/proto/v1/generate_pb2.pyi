@@ -199,6 +199,7 @@ class Sampling(_message.Message):
     LOGPROB_STYLE_FIELD_NUMBER: _builtins.int
     TOP_N_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_N_TOKENS_FIELD_NUMBER: _builtins.int
     do_sample: _builtins.bool
     seed: _builtins.int
     temperature: _builtins.float
@@ -214,6 +215,7 @@ class Sampling(_message.Message):
     logprob_style: Global___LogprobStyle.ValueType
     top_n_tokens: _builtins.int
     prompt_logprobs: _builtins.bool
+    prompt_top_n_tokens: _builtins.int
     @_builtins.property
     def logit_bias_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Parallel lists."""
@@ -240,10 +242,11 @@ class Sampling(_message.Message):
         logprob_style: Global___LogprobStyle.ValueType = ...,
         top_n_tokens: _builtins.int = ...,
         prompt_logprobs: _builtins.bool = ...,
+        prompt_top_n_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["do_sample", b"do_sample", "frequency_penalty", b"frequency_penalty", "logit_bias_ids", b"logit_bias_ids", "logit_bias_values", b"logit_bias_values", "logprob_style", b"logprob_style", "min_p", b"min_p", "penalty_style", b"penalty_style", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_n_tokens", b"top_n_tokens", "top_p", b"top_p", "typical_p", b"typical_p", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["do_sample", b"do_sample", "frequency_penalty", b"frequency_penalty", "logit_bias_ids", b"logit_bias_ids", "logit_bias_values", b"logit_bias_values", "logprob_style", b"logprob_style", "min_p", b"min_p", "penalty_style", b"penalty_style", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_top_n_tokens", b"prompt_top_n_tokens", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_n_tokens", b"top_n_tokens", "top_p", b"top_p", "typical_p", b"typical_p", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,11 +375,24 @@ class PromptReport(_message.Message):
     QUEUE_NS_FIELD_NUMBER: _builtins.int
     HAS_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    HAS_PROMPT_TOP_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_COUNTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     num_cached_tokens: _builtins.int
     queue_ns: _builtins.int
     has_prompt_logprobs: _builtins.bool
+    has_prompt_top_tokens: _builtins.bool
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def prompt_top_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many entries of the two lists below belong to each prompt token but the first."""
+
+    @_builtins.property
+    def prompt_top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def prompt_top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
@@ -384,10 +400,14 @@ class PromptReport(_message.Message):
         queue_ns: _builtins.int = ...,
         has_prompt_logprobs: _builtins.bool = ...,
         prompt_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        has_prompt_top_tokens: _builtins.bool = ...,
+        prompt_top_counts: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_prompt_logprobs", b"has_prompt_logprobs", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "queue_ns", b"queue_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_prompt_logprobs", b"has_prompt_logprobs", "has_prompt_top_tokens", b"has_prompt_top_tokens", "num_cached_tokens", b"num_cached_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_top_counts", b"prompt_top_counts", "prompt_top_logprobs", b"prompt_top_logprobs", "prompt_top_token_ids", b"prompt_top_token_ids", "queue_ns", b"queue_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,6 +30,14 @@ def top_tokens(scores: torch.Tensor, wanted: list[int]) -> list[TopTokens]:
     return [_best_of_row(*row) for row in rows]
 
 
+def best_tokens(scores: torch.Tensor, wanted: list[int]) -> list[TopTokens]:
+    """As `top_tokens`, but never more than wanted: equals beyond the last place go by id."""
+    return [
+        TopTokens(top.token_ids[:count], top.logprobs[:count])
+        for top, count in zip(top_tokens(scores, wanted), wanted, strict=True)
+    ]
+
+
 def _best_of_row(values: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, wanted: int) -> TopTokens:
     last_place = min(wanted, len(values)) - 1
     is_kept = (values >= values[last_place]) & (values > -np.inf)

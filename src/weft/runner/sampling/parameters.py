@@ -87,6 +87,7 @@ class ParameterTable:
         self.counts_completion: BoolArray = np.zeros(max_num_sequences, dtype=np.bool_)
         """Penalties count the completion alone (PenaltyStyle.OPENAI)."""
         self.wants_prompt_logprobs: BoolArray = np.zeros(max_num_sequences, dtype=np.bool_)
+        self.prompt_top_n_tokens: Int64Array = np.zeros(max_num_sequences, dtype=np.int64)
         self._token_terms: list[_TokenTerms | None] = [None] * max_num_sequences
 
     def start(self, start: SequenceStart) -> None:
@@ -107,6 +108,7 @@ class ParameterTable:
         self.presence_penalty[slot] = sampling.presence_penalty
         self.counts_completion[slot] = sampling.penalty_style is PenaltyStyle.OPENAI
         self.wants_prompt_logprobs[slot] = sampling.prompt_logprobs
+        self.prompt_top_n_tokens[slot] = sampling.prompt_top_n_tokens
         has_terms = uses & (Uses.HISTORY | Uses.BIAS | Uses.MIN_NEW_TOKENS)
         self._token_terms[slot] = _token_terms_of(start, uses) if has_terms else None
 

@@ -77,6 +77,11 @@ class Sampler:
         """[slots] whether a slot's sequence asks for the log-probabilities of its prompt."""
         return self._table.wants_prompt_logprobs
 
+    @property
+    def prompt_top_n_tokens(self) -> npt.NDArray[np.int64]:
+        """[slots] how many alternatives a slot's sequence asks for in the places of its prompt."""
+        return self._table.prompt_top_n_tokens
+
     def start(self, start: SequenceStart) -> None:
         """Take the parameters and the known tokens of the sequence that a slot now belongs to."""
         self._table.start(start)
