@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 
 from weft.errors import ModelNotFoundError, StartupError
-from weft.text.gguf_metadata import GgufMetadata, read_gguf_metadata
+from weft.gguf.metadata import GgufMetadata, open_gguf_metadata
 from weft.text.gguf_pre_tokenizers import PRE_TOKENIZERS
 
 Json = dict[str, Any]
@@ -114,7 +114,8 @@ def cached_tokenizer_directory(gguf_path: Path, cache_dir: Path) -> Path:
     """
     directory = cache_dir / "tokenizers" / _identity(gguf_path)
     if not directory.is_dir():
-        _write_directory(directory, convert_gguf_tokenizer(read_gguf_metadata(gguf_path)))
+        with open_gguf_metadata(gguf_path) as metadata:
+            _write_directory(directory, convert_gguf_tokenizer(metadata))
     return directory
 
 

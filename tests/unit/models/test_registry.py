@@ -118,7 +118,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
         describe(tmp_path / "gone")
     with pytest.raises(ModelNotFoundError, match=r"weights.bin is a pickled checkpoint"):
         describe(tmp_path / "weights.bin")
-    with pytest.raises(ModelNotFoundError, match=r"text.txt is not a GGUF file"):
+    with pytest.raises(ModelNotFoundError, match=r"text.txt cannot be read as a GGUF file: it does not begin"):
         describe(tmp_path / "text.txt")
 
 

@@ -115,7 +115,7 @@ class GgufSource:
         return pairs.transpose(1, 2).reshape(values.shape)
 
     def _head_dim(self) -> int:
-        metadata = self._file.metadata
+        metadata = self._file.metadata.scalars
         prefix = self._architecture
         key_length = metadata.get(f"{prefix}.attention.key_length")
         if isinstance(key_length, int):

@@ -39,13 +39,13 @@ _KEYS = {
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """The 27B members scale attention by hidden size / heads instead of the head size, and no key says so."""
 
-_END_OF_TURN_TOKENS = frozenset({b"<|im_end|>", b"<|eot_id|>", b"<end_of_turn>", b"<|end|>", b"<|endoftext|>"})
+_END_OF_TURN_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"})
 """Texts of tokens that end an answer in chat models whose file names only the end of a document."""
 
 
 def architecture(file: GgufFile) -> str:
     """The value of `general.architecture`. Raises ModelNotFoundError when there is none."""
-    value = file.metadata.get("general.architecture")
+    value = file.metadata.scalars.get("general.architecture")
     if not isinstance(value, str) or not value:
         raise ModelNotFoundError(f"{file.name}: `general.architecture` is missing.")
     return value
@@ -61,11 +61,11 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         raise ModelNotFoundError(
             f"{file.name}: architecture `{arch[:80]}` is not supported. Supported: {', '.join(sorted(MODEL_TYPES))}."
         )
-    if file.metadata.get(f"{arch}.expert_count"):
+    if file.metadata.scalars.get(f"{arch}.expert_count"):
         raise ModelNotFoundError(f"{file.name}: mixtures of experts (`{arch}.expert_count`) are not supported.")
     values: dict[str, object] = {"model_type": MODEL_TYPES[arch]}
     for key, name in _KEYS.items():
-        value = file.metadata.get(f"{arch}.{key}")
+        value = file.metadata.scalars.get(f"{arch}.{key}")
         if value is not None:
             values[name] = value
     embedding = file.tensors.get("token_embd.weight")
@@ -76,7 +76,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     values["attention_bias"] = has_bias
     values["use_sliding_window"] = False
     values["eos_token_id"] = list(_end_token_ids(file))
-    values["bos_token_id"] = file.metadata.get("tokenizer.ggml.bos_token_id")
+    values["bos_token_id"] = file.metadata.scalars.get("tokenizer.ggml.bos_token_id")
     if arch in SANDWICH_NORMS:
         values.update(_gemma_values(arch, ModelConfig(values, file.name)))
     values["rope_parameters"] = _rope_parameters(file, arch, values)
@@ -92,7 +92,7 @@ def _gemma_values(arch: str, config: ModelConfig) -> dict[str, object]:
 
 
 def _rope_parameters(file: GgufFile, arch: str, values: dict[str, object]) -> dict[str, object]:
-    metadata = file.metadata
+    metadata = file.metadata.scalars
     default_theta = 1_000_000.0 if arch == "gemma3" else 10_000.0
     parameters: dict[str, object] = {"rope_theta": metadata.get(f"{arch}.rope.freq_base", default_theta)}
     head_dim = values.get("head_dim")
@@ -114,7 +114,7 @@ def _rope_parameters(file: GgufFile, arch: str, values: dict[str, object]) -> di
 
 def _scaling(file: GgufFile, arch: str) -> dict[str, object]:
     """The fields of `rope_parameters` beside base and size."""
-    metadata = file.metadata
+    metadata = file.metadata.scalars
     if "rope_freqs.weight" in file.tensors:
         return {"rope_type": "divisors", "divisors": _float_tensor(file, "rope_freqs.weight")}
     original = metadata.get(f"{arch}.rope.scaling.original_context_length")
@@ -146,11 +146,11 @@ def _float_tensor(file: GgufFile, name: str) -> list[float]:
 
 
 def _end_token_ids(file: GgufFile) -> tuple[int, ...]:
-    named = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    named = [file.metadata.scalars.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = [value for value in named if isinstance(value, int)]
-    if file.metadata.get("tokenizer.ggml.eot_token_id") is None:
-        types = file.numbers("tokenizer.ggml.token_type")
-        for index, text in enumerate(file.strings("tokenizer.ggml.tokens")):
+    if file.metadata.scalars.get("tokenizer.ggml.eot_token_id") is None:
+        types = file.metadata.get_list("tokenizer.ggml.token_type", int)
+        for index, text in enumerate(file.metadata.get_list("tokenizer.ggml.tokens", str)):
             # Type 3 is a control token: ordinary text that reads alike ends nothing.
             if text in _END_OF_TURN_TOKENS and index < len(types) and types[index] == 3:
                 ids.append(index)

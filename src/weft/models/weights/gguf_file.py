@@ -1,30 +1,26 @@
-"""The GGUF container: metadata and tensor directory, read by offset with every offset checked. Torch-free.
+"""The tensor directory of a GGUF file, read by offset with every offset checked. Torch-free.
 
-Nothing is allocated by a number found in the file before that number is known to fit into the file. Arrays (token
-lists of 10⁵ strings) are stepped over and decoded only when asked for, so that opening a file takes milliseconds.
+Nothing is allocated by a number found in the file before that number is known to fit into the file. Keys and values,
+which stand before the directory, are read by `weft.gguf`.
 
 Source   GGUF v2 and v3: github.com/ggml-org/ggml, docs/gguf.md
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from weft.errors import ModelNotFoundError
+from weft.gguf.metadata import read_gguf_metadata
 from weft.models.weights.mapped_file import MappedFile
 
-MAX_ENTRIES = 1 << 20
-"""Metadata entries or tensors believed of a file; real ones have hundreds, mixtures of experts thousands."""
+MAX_TENSORS = 1 << 20
+"""Tensors believed of a file; real ones have hundreds, mixtures of experts thousands."""
 
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 1 << 16
 DEFAULT_ALIGNMENT = 32
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Value type → struct code."""
-_STRING, _ARRAY = 8, 9
 
 
 class GgmlType(IntEnum):
@@ -76,18 +72,6 @@ class GgufTensor:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Array:
-    """An array stepped over: where its items begin."""
-
-    item_type: int
-    length: int
-    offset: int
-
-
-MetadataValue = int | float | bool | str
-
-
 class GgufFile:
     """An open GGUF file. Raises ModelNotFoundError for anything that is not one, naming file and fault."""
 
@@ -98,10 +82,9 @@ class GgufFile:
         except (OSError, ValueError):
             raise ModelNotFoundError(f"{self.name} cannot be opened, or is empty.") from None
         self.data = self._mapped.data
-        self._arrays: dict[str, _Array] = {}
-        self.metadata: dict[str, MetadataValue] = {}
         try:
-            self._read()
+            self.metadata = read_gguf_metadata(self.data, self.name)
+            self.tensors = self._read_directory()
         except (struct.error, UnicodeDecodeError, IndexError, OverflowError):
             self.close()
             raise ModelNotFoundError(f"{self.name} is truncated or damaged; download it again.") from None
@@ -117,79 +100,18 @@ class GgufFile:
         """Let go of the memory of a tensor that has been read."""
         self._mapped.forget(tensor.offset, tensor.num_bytes)
 
-    def array_length(self, key: str) -> int | None:
-        """Number of items of a metadata array; None when it is absent."""
-        array = self._arrays.get(key)
-        return None if array is None else array.length
-
-    def strings(self, key: str) -> Iterator[bytes]:
-        """Items of a metadata array of strings, undecoded; none when it is absent or holds something else."""
-        array = self._arrays.get(key)
-        if array is None or array.item_type != _STRING:
-            return
-        position = array.offset
-        for _ in range(array.length):
-            (length,) = struct.unpack_from("<Q", self.data, position)
-            position += 8
-            yield self.data[position : position + length]
-            position += length
-
-    def numbers(self, key: str) -> tuple[float, ...]:
-        """Items of a metadata array of numbers; empty when it is absent or holds something else."""
-        array = self._arrays.get(key)
-        if array is None or array.item_type not in _SCALARS:
-            return ()
-        return struct.unpack_from(f"<{array.length}{_SCALARS[array.item_type]}", self.data, array.offset)
-
-    def _read(self) -> None:
-        magic, version = struct.unpack_from("<4sI", self.data, 0)
-        if magic != b"GGUF":
-            raise ModelNotFoundError(f"{self.name} is not a GGUF file.")
-        if version not in (2, 3):
-            raise self._fault(f"has GGUF version {version}; versions 2 and 3 are read")
-        num_tensors, num_entries = struct.unpack_from("<QQ", self.data, 8)
-        if num_tensors > MAX_ENTRIES or num_entries > MAX_ENTRIES:
-            raise self._fault(f"claims {num_tensors} tensors and {num_entries} metadata entries")
-        position = 24
-        for _ in range(num_entries):
-            position = self._read_entry(position)
+    def _read_directory(self) -> dict[str, GgufTensor]:
+        num_tensors, position = self.metadata.num_tensors, self.metadata.end_offset
+        if num_tensors > MAX_TENSORS:
+            raise self._fault(f"claims {num_tensors} tensors; at most {MAX_TENSORS} are read")
         directory: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(num_tensors):
             position, entry = self._read_tensor_entry(position)
             directory.append(entry)
-        self.tensors = self._place_tensors(directory, position)
-
-    def _read_entry(self, position: int) -> int:
-        position, key = self._read_text(position)
-        (value_type,) = struct.unpack_from("<I", self.data, position)
-        position += 4
-        if value_type == _ARRAY:
-            return self._step_over_array(key, position)
-        if value_type == _STRING:
-            position, self.metadata[key] = self._read_text(position, max_bytes=len(self.data))
-            return position
-        code = self._scalar_code(value_type)
-        (self.metadata[key],) = struct.unpack_from("<" + code, self.data, position)
-        return position + struct.calcsize("<" + code)
-
-    def _step_over_array(self, key: str, position: int) -> int:
-        item_type, length = struct.unpack_from("<IQ", self.data, position)
-        position += 12
-        self._arrays[key] = _Array(item_type, length, position)
-        if item_type != _STRING:
-            position += length * struct.calcsize("<" + self._scalar_code(item_type))
-            self._check_end(position)
-            return position
-        unpack, data, size = struct.Struct("<Q").unpack_from, self.data, len(self.data)
-        if length * 8 > size:
-            raise self._fault(f"claims {length} strings in `{key[:80]}`")
-        for _ in range(length):
-            position += 8 + unpack(data, position)[0]
-        self._check_end(position)
-        return position
+        return self._place_tensors(directory, position)
 
     def _read_tensor_entry(self, position: int) -> tuple[int, tuple[str, tuple[int, ...], int, int]]:
-        position, name = self._read_text(position)
+        position, name = self._read_name(position)
         (num_dimensions,) = struct.unpack_from("<I", self.data, position)
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise self._fault(f"tensor `{name[:80]}` has {num_dimensions} dimensions")
@@ -202,7 +124,7 @@ class GgufFile:
     def _place_tensors(
         self, directory: list[tuple[str, tuple[int, ...], int, int]], end_of_directory: int
     ) -> dict[str, GgufTensor]:
-        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        alignment = self.metadata.scalars.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise self._fault("has an alignment that is no multiple of 8")
         data_start = -(-end_of_directory // alignment) * alignment
@@ -231,22 +153,14 @@ class GgufFile:
             raise self._fault(f"tensor `{name[:80]}` ends beyond the file; the download is incomplete")
         return GgufTensor(name, shape, ggml_type, offset, num_bytes)
 
-    def _read_text(self, position: int, max_bytes: int = MAX_NAME_BYTES) -> tuple[int, str]:
+    def _read_name(self, position: int) -> tuple[int, str]:
         (length,) = struct.unpack_from("<Q", self.data, position)
         position += 8
-        if length > max_bytes:
-            raise self._fault(f"holds a name of {length} bytes")
-        self._check_end(position + length)
-        return position + length, self.data[position : position + length].decode("utf-8")
-
-    def _scalar_code(self, value_type: int) -> str:
-        if value_type not in _SCALARS:
-            raise self._fault(f"holds a metadata value of unknown type {value_type}")
-        return _SCALARS[value_type]
-
-    def _check_end(self, position: int) -> None:
-        if position > len(self.data):
+        if length > MAX_NAME_BYTES:
+            raise self._fault(f"holds a tensor name of {length} bytes")
+        if position + length > len(self.data):
             raise self._fault("is truncated; download it again")
+        return position + length, self.data[position : position + length].decode("utf-8")
 
     def _fault(self, what: str) -> ModelNotFoundError:
         return ModelNotFoundError(f"{self.name} {what}.")
