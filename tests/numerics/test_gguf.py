@@ -139,27 +139,3 @@ def test_a_slice_reads_the_same_numbers_as_the_whole(tmp_path: Path) -> None:
 
     source.close()
     assert torch.equal(part, whole[5:17, 40:131])
-
-
-def test_end_of_turn_tokens_of_the_vocabulary_end_an_answer(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {
-        "block_count": 1,
-        "context_length": 64,
-        "embedding_length": 8,
-        "feed_forward_length": 8,
-        "attention.head_count": 2,
-    }.items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_token_list(["a", "<|end|>", "<|im_end|>", "</s>"])
-    writer.add_token_types([1, 1, 3, 3])
-    writer.add_eos_token_id(3)
-    writer.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-    assert describe(path).eos_token_ids == (3, 2)

@@ -71,7 +71,7 @@ def describe(path: Path) -> ModelDescription:
 def describe_config(file: Path, stored_dtype: str) -> ModelDescription:
     """Describe a model by its `config.json` alone, before its weights are on this machine. Raises as `describe`."""
     config = _read_config(file)
-    return _description(config, config.token_ids("eos_token_id"), WeightFormat.SAFETENSORS, stored_dtype)
+    return _description(config, WeightFormat.SAFETENSORS, stored_dtype)
 
 
 def _read_config(file: Path) -> ModelConfig:
@@ -87,15 +87,11 @@ def _read_config(file: Path) -> ModelConfig:
 def _describe_directory(directory: Path) -> ModelDescription:
     config = _read_config(directory / "config.json")
     files = weight_files(directory)
-    generation = directory / "generation_config.json"
-    eos = config.token_ids("eos_token_id")
-    if generation.is_file():
-        eos = ModelConfig(read_json_object(generation), generation.name).token_ids("eos_token_id") or eos
     stored: dict[str, int] = {}
     for entry in read_header(files[0]):
         stored[entry.dtype] = stored.get(entry.dtype, 0) + entry.num_bytes
     main = max(stored, key=lambda dtype: stored[dtype], default="F32")
-    return _description(config, eos, WeightFormat.SAFETENSORS, DTYPE_NAMES.get(main, main))
+    return _description(config, WeightFormat.SAFETENSORS, DTYPE_NAMES.get(main, main))
 
 
 def _describe_gguf(path: Path) -> ModelDescription:
@@ -108,17 +104,14 @@ def _describe_gguf(path: Path) -> ModelDescription:
     finally:
         file.close()
     main = max(stored, key=lambda kind: stored[kind], default="F32")
-    return _description(config, config.token_ids("eos_token_id"), WeightFormat.GGUF, main)
+    return _description(config, WeightFormat.GGUF, main)
 
 
-def _description(
-    config: ModelConfig, eos: tuple[int, ...], weight_format: WeightFormat, stored_dtype: str
-) -> ModelDescription:
+def _description(config: ModelConfig, weight_format: WeightFormat, stored_dtype: str) -> ModelDescription:
     model_type = config.text("model_type")
     family = load_family(model_type)
     _check_architecture(config, family)
     spec = family.spec(config)
-    bos = config.token_ids("bos_token_id")
     return ModelDescription(
         model_type=model_type,
         family=model_type,
@@ -126,9 +119,6 @@ def _description(
         stored_dtype=stored_dtype,
         spec=spec,
         max_positions=_max_positions(config, spec),
-        # Some configurations name ids that the embedding does not have; those can never be produced.
-        eos_token_ids=tuple(token_id for token_id in eos if token_id < spec.vocab_size),
-        bos_token_id=bos[0] if bos and bos[0] < spec.vocab_size else None,
     )
 
 

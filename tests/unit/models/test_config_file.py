@@ -34,18 +34,6 @@ def test_a_missing_field_without_default_is_named() -> None:
         config().integer("vocab_size")
 
 
-def test_token_ids_are_one_or_many_and_unique() -> None:
-    assert config(eos_token_id=2).token_ids("eos_token_id") == (2,)
-    assert config(eos_token_id=[2, 5, 2]).token_ids("eos_token_id") == (2, 5)
-    assert config().token_ids("eos_token_id") == ()
-
-
-@pytest.mark.parametrize("value", ["2", [2, "3"], [True], [-1], {"id": 2}])
-def test_token_ids_of_another_type_are_refused(value: object) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"`eos_token_id` must be"):
-        config(eos_token_id=value).token_ids("eos_token_id")
-
-
 @pytest.mark.parametrize("values", [[1.0], [1.0, "2"], [1.0, 0.0], [1.0, float("nan")], "ab", [1.0, True]])
 def test_a_list_of_numbers_has_its_length_and_only_positive_numbers(values: object) -> None:
     with pytest.raises(ModelNotFoundError, match=r"`long_factor` must be a list of 2"):

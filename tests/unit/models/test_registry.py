@@ -12,7 +12,6 @@ from tests.unit.models.model_files import (
     string,
     strings,
     uint32,
-    write_json,
     write_model,
 )
 
@@ -33,7 +32,6 @@ def test_a_directory_is_described_by_its_configuration(tmp_path: Path) -> None:
     )
     assert (found.num_layers, found.num_heads, found.num_kv_heads, found.head_dim) == (1, 2, 1, 4)
     assert (found.hidden_size, found.vocab_size, found.max_positions) == (8, 32, 64)
-    assert (found.bos_token_id, found.eos_token_ids) == (1, (2,))
     assert found.tied_embeddings
     assert found.sliding_window is None
     # 32·8 embedding; q 8·8, k and v 4·8 each, o 8·8; three times 16·8; three norms of 8.
@@ -51,18 +49,6 @@ def test_a_gguf_file_is_described_by_its_metadata(tmp_path: Path) -> None:
     assert (found.model_type, found.weight_format, found.stored_dtype) == ("llama", WeightFormat.GGUF, "Q8_0")
     assert (found.num_heads, found.num_kv_heads, found.head_dim, found.vocab_size) == (4, 2, 8, 16)
     assert found.tied_embeddings
-    assert (found.bos_token_id, found.eos_token_ids) == (1, (2,))
-
-
-def test_generation_config_decides_which_tokens_end_an_answer(tmp_path: Path) -> None:
-    directory = write_model(tmp_path)
-    write_json(directory / "generation_config.json", {"eos_token_id": [5, 7], "auto_map": {"x": "evil.py"}})
-
-    assert describe(directory).eos_token_ids == (5, 7)
-
-
-def test_end_tokens_outside_the_vocabulary_can_never_come(tmp_path: Path) -> None:
-    assert describe(write_model(tmp_path, LLAMA_CONFIG | {"eos_token_id": [2, 32000]})).eos_token_ids == (2,)
 
 
 def test_an_unknown_model_type_lists_the_known_ones_and_runs_nothing(tmp_path: Path) -> None:

@@ -28,8 +28,6 @@ class ModelDescription:
     """What most weight bytes are stored as: `bfloat16`, `float32`, `Q4_1`, …"""
     spec: DecoderSpec
     max_positions: int
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def num_layers(self) -> int:

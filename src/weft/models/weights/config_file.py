@@ -116,16 +116,6 @@ class ModelConfig:
             raise self.fault(name, "a list of strings", show=False)
         return tuple(value)
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """One id or a list of ids; empty when absent."""
-        value = self._values.get(name)
-        if value is None:
-            return ()
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
-            raise self.fault(name, "a token id or a list of token ids", show=False)
-        return tuple(dict.fromkeys(ids))
-
     def section(self, name: str) -> "ModelConfig | None":
         """A nested object; None when absent."""
         value = self._values.get(name)

@@ -39,9 +39,6 @@ _KEYS = {
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """The 27B members scale attention by hidden size / heads instead of the head size, and no key says so."""
 
-_END_OF_TURN_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"})
-"""Texts of tokens that end an answer in chat models whose file names only the end of a document."""
-
 
 def architecture(file: GgufFile) -> str:
     """The value of `general.architecture`. Raises ModelNotFoundError when there is none."""
@@ -75,8 +72,6 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     has_bias = "blk.0.attn_q.bias" in file.tensors
     values["attention_bias"] = has_bias
     values["use_sliding_window"] = False
-    values["eos_token_id"] = list(_end_token_ids(file))
-    values["bos_token_id"] = file.metadata.scalars.get("tokenizer.ggml.bos_token_id")
     if arch in SANDWICH_NORMS:
         values.update(_gemma_values(arch, ModelConfig(values, file.name)))
     values["rope_parameters"] = _rope_parameters(file, arch, values)
@@ -143,15 +138,3 @@ def _float_tensor(file: GgufFile, name: str) -> list[float]:
     if tensor is None or tensor.ggml_type is not GgmlType.F32 or len(tensor.shape) != 1:
         raise ModelNotFoundError(f"{file.name}: tensor `{name}` must be one row of F32.")
     return list(struct.unpack_from(f"<{tensor.shape[0]}f", file.data, tensor.offset))
-
-
-def _end_token_ids(file: GgufFile) -> tuple[int, ...]:
-    named = [file.metadata.scalars.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ids = [value for value in named if isinstance(value, int)]
-    if file.metadata.scalars.get("tokenizer.ggml.eot_token_id") is None:
-        types = file.metadata.get_list("tokenizer.ggml.token_type", int)
-        for index, text in enumerate(file.metadata.get_list("tokenizer.ggml.tokens", str)):
-            # Type 3 is a control token: ordinary text that reads alike ends nothing.
-            if text in _END_OF_TURN_TOKENS and index < len(types) and types[index] == 3:
-                ids.append(index)
-    return tuple(dict.fromkeys(ids))
