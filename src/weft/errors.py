@@ -76,6 +76,8 @@ class MalformedJsonError(BadRequestError):
 
     code = "invalid_json"
     http_status = 400
+    preface: ClassVar[str] = "The request body is not valid JSON: "
+    """How its message begins, where the dialect has no such beginning of its own."""
 
 
 class ValidationError(RequestError):

@@ -16,6 +16,7 @@ class Limits:
     max_headers: int = 100
     header_timeout_s: float = 10.0
     max_json_depth: int = 64
+    max_json_containers: int = 65_536
     max_url_bytes: int = 8 * 1024
 
     # One request.

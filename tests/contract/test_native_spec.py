@@ -208,15 +208,29 @@ async def test_two_requests_without_a_seed_have_different_ones():
 
 JSON = {"content-type": "application/json"}
 TRANSPORT = [
-    (b"{}", {"content-type": "text/plain"}, 415, "Expected request with `Content-Type: application/json`"),
+    (b"{}", {"content-type": "text/plain"}, 415,
+     "Expected request with `Content-Type: application/json`. Given: `text/plain`"),
+    (b"{}", {"content-type": ""}, 415, "Expected request with `Content-Type: application/json`. Given: nothing"),
+    (b"", JSON, 400, "Failed to parse the request body as JSON: Input data was truncated. "),
     (b"{", JSON, 400, "Failed to parse the request body as JSON: "),
+    (b'{"inputs":"\xff"}', JSON, 400, "Failed to parse the request body as JSON: not UTF-8. "),
+    (b'{"inputs":"\\ud800"}', JSON, 400, "Failed to parse the request body as JSON: "),
+    (b'\xef\xbb\xbf{"inputs":"a"}', JSON, 400, "Failed to parse the request body as JSON: "),
+    (b'{"inputs":"a"} 1', JSON, 400, "Failed to parse the request body as JSON: trailing characters"),
+    (b'{"inputs":"a","inputs":"a"}', JSON, 422,
+     "Failed to deserialize the JSON body into the target type: Duplicate field `inputs`; send it once"),
+    (b'{"inputs":"a","parameters":{"top_k":1,"top_\\u006b":2}}', JSON, 422, "Duplicate field `top_k`"),
+    (b'{"inputs":"a","parameters":{"temperature":1e400}}', JSON, 422, "`parameters.temperature`"),
     (b'{"inputs":1}', JSON, 422, "Failed to deserialize the JSON body into the target type: `inputs`"),
     (b"{}", JSON, 422, "Failed to deserialize the JSON body into the target type: Missing field `inputs`"),
     (b'{"inputs":"a","parameters":3}', JSON, 422, "`parameters`"),
-    (b'{"inputs":"a","parameters":{"max_new_tokens":-1}}', JSON, 422, "`parameters.max_new_tokens`"),
+    (b'{"inputs":"a","parameters":{"max_new_tokens":-1}}', JSON, 422,
+     "`parameters.max_new_tokens` must be an integer >= 0. Given: -1"),
+    (b'{"inputs":"a","parameters":{"top_k":1.5}}', JSON, 422, "must be an integer or null. Given: 1.5"),
     (b'{"inputs":"a","parameters":{"stop":"x"}}', JSON, 422, "`parameters.stop`"),
     (b'{"inputs":"' + b"a" * 1000 + b'"}', JSON, 413, "Failed to buffer the request body: length limit exceeded"),
-]
+    (b'{"inputs":"' + b"a" * 488 + b'"}', JSON, 413, "At most 500 bytes are read (--payload-limit). Given: "),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [WHOLE, STREAM, COMPAT])

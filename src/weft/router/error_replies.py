@@ -128,7 +128,8 @@ def _anthropic(error: RequestError, request_id: str) -> AnthropicError:
 
 def _native(error: RequestError) -> ErrorResponse:
     prefix = next((prefix for kind, prefix in _NATIVE_PREFIXES if isinstance(error, kind)), "")
-    return ErrorResponse(error=prefix + error.message, error_type=error.error_type)
+    message = error.message.removeprefix(MalformedJsonError.preface)
+    return ErrorResponse(error=prefix + message, error_type=error.error_type)
 
 
 def _openai(error: RequestError) -> OpenAIError:

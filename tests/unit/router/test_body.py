@@ -25,7 +25,7 @@ class Outer(msgspec.Struct):
     ("body", "field", "text"),
     [
         (b"{}", "name", "Missing field `name`; add it"),
-        (b'{"name": 1}', "name", "`name` must be a string. Given: an integer"),
+        (b'{"name": 1}', "name", "`name` must be a string. Given: 1"),
         (b'{"name": null}', "name", "`name` must be a string. Given: null"),
         (
             b'{"name":"a","inner":{"count":"x"}}',
@@ -33,9 +33,12 @@ class Outer(msgspec.Struct):
             "`inner.count` must be an integer or null. Given: a string",
         ),
         (b'{"name":"a","many":[{},{"count":[]}]}', "many[1].count", "must be an integer or null. Given: an array"),
-        (b'{"name":"a","inner":5}', "inner", "`inner` must be an object or null. Given: an integer"),
+        (b'{"name":"a","inner":5}', "inner", "`inner` must be an object or null. Given: 5"),
         (b"[]", "body", "`body` must be an object. Given: an array"),
-        (b'{"name":"a","inner":{"count":1e400}}', "inner.count", "number out of range"),
+        (b'{"name":"a","inner":{"count":1e400}}', "inner.count", "of usual size. Given: 1e400"),
+        (b'{"name":"a","inner":{"count":-7.25}}', "inner.count", "must be an integer or null. Given: -7.25"),
+        (b'{"name":"a","many":[{},{"count":' + b"9" * 5000 + b"}]}", "many[1].count", "… (5000 characters)"),
+        (b'{"name": 12, "inner": {', "name", "`name` must be a string. Given: an integer"),
     ],
 )
 def test_a_wrong_type_names_field_expectation_and_value(body: bytes, field: str, text: str):
@@ -50,6 +53,54 @@ def test_a_wrong_type_names_field_expectation_and_value(body: bytes, field: str,
 def test_what_is_no_json_is_malformed(body: bytes):
     with pytest.raises(MalformedJsonError):
         decode(body, Outer)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"name":"a","name":"a"}', "name"),
+        (b'{"name":"a","n\\u0061me":"b"}', "name"),
+        (b'{"name":"a","inner":{"count":1,"count":1}}', "count"),
+        (b'{"name":"a","many":[{},{"count":1,"count":null}]}', "count"),
+        (b'{"name":"a","unknown":{"x":{"y":[],"y":1e400}}}', "y"),
+        (b'{"":1,"name":"\\\\","":2}', ""),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(body: bytes, name: str):
+    """As in TGI; a reader that takes the first and one that takes the last would see different requests."""
+    with pytest.raises(BadRequestError) as caught:
+        decode(body, Outer)
+
+    assert caught.value.field == name
+    assert caught.value.message == f"Duplicate field `{name}`; send it once"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"name":"a","inner":{"count":1},"many":[{"count":1},{"count":1}]}',
+        b'{"name":"::\\":\\\\","x":"{\\"name\\":1,\\"name\\":2}"}',
+        b'{ "name" : "a\\\\" , "x" : [1e400, -0.0, 1.0, 18446744073709551616] }',
+        '{"name":"é: 🙂","ключ":{"é":":"}}'.encode(),
+    ],
+)
+def test_colons_and_quotes_in_texts_are_no_names(body: bytes):
+    decode(body, Outer)
+
+
+@pytest.mark.parametrize("body", [b'{"name":"a","x":"\xff"}', b'{"name":"a","x":' + b"9" * 5000 + b"}"])
+def test_what_a_decoder_skips_must_be_json_too(body: bytes):
+    with pytest.raises(MalformedJsonError):
+        decode(body, Outer)
+
+
+def test_arrays_and_objects_are_bounded():
+    """Beside the depth: what costs a reader most is their number."""
+    most = LIMITS.max_json_containers
+
+    check_depth(b'{"x":[' + b"[]," * (most - 3) + b"[]]}")
+    with pytest.raises(BadRequestError, match=f"at most {most} arrays and objects.*Given: {most + 1}"):
+        check_depth(b'{"x":[' + b"[]," * (most - 2) + b"[]]}")
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'[{"b":'])
