@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.harness import RunningServer, serving
+from tests.e2e.harness import RunningServer, ServerFailed, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -37,3 +37,26 @@ def test_info_names_the_quantization_and_the_smaller_memory(quantized: tuple[Run
 
     assert info["quantization"] == name
     assert info["weights_bytes"] < 150_000_000
+
+
+def test_info_says_what_the_few_bits_cost_and_no_start_waited_for_it(quantized: tuple[RunningServer, str]) -> None:
+    """The package brings the receipts of the default model, whatever its file is called here."""
+    server, _ = quantized
+
+    info = server.http.get("/info").json()
+
+    assert info["quality"]["reference"] == "bfloat16"
+    assert 0.9 < info["quality"]["top1_agreement"] < 1.0
+    assert 0.0 < info["quality"]["kl_nats"] < 0.05
+    assert info["quality"]["num_tokens"] >= 2_000
+    assert "quality" not in info["startup_seconds"]
+
+
+def test_a_model_that_lost_too_much_does_not_start_unless_told(default_model_gguf: Path) -> None:
+    flags = ("--quantize", "int4", "--quantize-group-size", "128")
+
+    refusal = r"--quality-floor: int4 \(groups of 128\) keeps 61\.7% of bfloat16"
+    with pytest.raises(ServerFailed, match=refusal), serving(default_model_gguf, *flags):
+        pass
+    with serving(default_model_gguf, *flags, "--quality-floor", "0.5") as server:
+        assert server.http.get("/info").json()["quality"]["top1_agreement"] < 0.7

@@ -105,6 +105,12 @@ class Settings:
     gguf_compute: str = _row("dequantized", TEXT, MODEL,
         "How GGUF matrices are multiplied by: dequantized to the dtype, or packed as the file holds them, which takes "
         "a third of the memory and rounds activations to 8 bits", choices=("dequantized", "packed"))
+    quality_receipt: bool = _row(False, SWITCH, MODEL,
+        "Measure at start how near a model of few bits is to itself in --dtype, unless the package knows; needs memory "
+        "for both")
+    quality_floor: float = _row(0.8, NUMBER, MODEL,
+        "Least share of most likely tokens that a model of few bits must keep, where that is known; below it the "
+        "server does not start. 0 starts always", minimum=0, maximum=1)
     kv_cache_dtype: str = _row("auto", TEXT, MODEL,
         "Type of cached keys and values; auto is the model's", is_tgi=True, choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
         works=("auto",))

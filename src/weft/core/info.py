@@ -4,6 +4,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QualityReceipt:
+    """How near a model of few bits is to itself in the type that activations have, on a fixed text."""
+
+    reference: str
+    """That type, for example `bfloat16`."""
+    top1_agreement: float
+    """Share of the positions where both have the same most likely token, 0-1."""
+    kl_nats: float
+    """Mean divergence of the rounded model's distribution from the other's, in nats per token."""
+    num_tokens: int
+    """Positions compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What is served and with which limits. Constant while a shard lives."""
 
@@ -34,7 +48,10 @@ class EngineInfo:
     """A request's tokens do not depend on what shares its batch."""
     world_size: int = 1
     fingerprint: str = ""
-    """Hash of weights, configuration and kernel set; equal fingerprints give equal tokens."""
+    """Hashes of weights, numeric configuration and kernel set, WEIGHTS-CONFIGURATION-KERNELS; equal ones give equal
+    tokens."""
+    quality: QualityReceipt | None = None
+    """What few bits cost; None when nothing is rounded or nobody has measured."""
     phases: tuple[tuple[str, float], ...] = field(default=())
     """(start-up phase, seconds) in order."""
 

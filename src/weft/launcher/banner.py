@@ -15,6 +15,7 @@ def banner(settings: Settings, ready: Event, phases: Sequence[tuple[str, float]]
     url = base_url(settings)
     rows = (
         ("model", _model(settings, ready)),
+        *_quality(ready),
         ("device", _device(settings, ready)),
         ("memory", _memory(ready)),
         ("limits", _limits(settings, ready)),
@@ -73,6 +74,18 @@ def _model(settings: Settings, ready: Event) -> str:
         parts.append(_short(num_parameters) + " parameters")
     parts += [str(ready[name]) for name in ("model_type", "dtype", "quantization") if ready.get(name)]
     return " · ".join(parts)
+
+
+def _quality(ready: Event) -> list[tuple[str, str]]:
+    """A row where few bits cost something and somebody has measured how much."""
+    receipt = ready.get("quality")
+    if not isinstance(receipt, Mapping):
+        return []
+    text = (
+        f"keeps {receipt['top1_agreement']:.1%} of {receipt['reference']}'s most likely tokens, "
+        f"KL {receipt['kl_nats']:.4f} nats, on {receipt['num_tokens']:,} tokens"
+    )
+    return [("quality", text)]
 
 
 def _device(settings: Settings, ready: Event) -> str:

@@ -5,10 +5,11 @@ be represented is refused. Round trips are tested for every field.
 """
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain, islice
 
 from weft.core.events import Event, FailureEvent, PromptReport, TokenEvent
-from weft.core.info import EngineInfo, EngineStats
+from weft.core.info import EngineInfo, EngineStats, QualityReceipt
 from weft.core.plan import TopTokens
 from weft.core.request import (
     FinishReason,
@@ -36,7 +37,8 @@ _LOGPROB_TO_WIRE = {LogprobStyle.PROCESSED: pb.LOGPROB_STYLE_PROCESSED, LogprobS
 _LOGPROB_FROM_WIRE = {wire: style for style, wire in _LOGPROB_TO_WIRE.items()}
 
 _STATS_FIELDS = tuple(EngineStats.__dataclass_fields__)
-_INFO_FIELDS = tuple(name for name in EngineInfo.__dataclass_fields__ if name != "phases")
+_INFO_FIELDS = tuple(name for name in EngineInfo.__dataclass_fields__ if name not in {"phases", "quality"})
+_QUALITY_FIELDS = tuple(QualityReceipt.__dataclass_fields__)
 
 
 def request_to_wire(request: Request, now_ns: int) -> pb.Request:
@@ -237,10 +239,15 @@ def info_to_wire(info: EngineInfo) -> pb.InfoResponse:
     """Field by field; the names are the same on both sides."""
     message = pb.InfoResponse(**{name: getattr(info, name) for name in _INFO_FIELDS})
     message.phases.extend(pb.PhaseTime(name=name, seconds=seconds) for name, seconds in info.phases)
+    if info.quality is not None:
+        message.quality.CopyFrom(pb.QualityReceipt(**asdict(info.quality)))
     return message
 
 
 def info_from_wire(message: pb.InfoResponse) -> EngineInfo:
     """Field by field; the names are the same on both sides."""
     values = {name: getattr(message, name) for name in _INFO_FIELDS}
-    return EngineInfo(**values, phases=tuple((phase.name, phase.seconds) for phase in message.phases))
+    quality: QualityReceipt | None = None
+    if message.HasField("quality"):
+        quality = QualityReceipt(**{name: getattr(message.quality, name) for name in _QUALITY_FIELDS})
+    return EngineInfo(**values, phases=tuple((phase.name, phase.seconds) for phase in message.phases), quality=quality)

@@ -5,7 +5,7 @@ Source: TGI 3.3.7 `router/src/server.rs`, as facts; ranges and texts in `validat
 
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import msgspec
 
@@ -29,6 +29,7 @@ from weft.router.schemas_native import (
     GenerateResponse,
     Info,
     PrefillToken,
+    Quality,
     StreamDetails,
     StreamResponse,
     Token,
@@ -155,6 +156,7 @@ async def info(context: RouterContext, exchange: Exchange) -> None:
         model_device_name=engine.device_name,
         num_parameters=engine.num_parameters,
         quantization=engine.quantization,
+        quality=None if engine.quality is None else Quality(**asdict(engine.quality)),
         kernel_set=engine.kernel_set,
         vocab_size=engine.vocab_size,
         max_batch_prefill_tokens=engine.max_batch_prefill_tokens,

@@ -154,6 +154,15 @@ class ChatTokenizeResponse(Struct, kw_only=True):
     templated_text: str
 
 
+class Quality(Struct, kw_only=True):
+    """What few bits cost: the model against itself in the type of its activations, on a fixed text."""
+
+    reference: str
+    top1_agreement: float
+    kl_nats: float
+    num_tokens: int
+
+
 class Info(Struct, kw_only=True):
     """Answer of /info: TGI's fields, then what the shard says about itself."""
 
@@ -178,6 +187,7 @@ class Info(Struct, kw_only=True):
     model_device_name: str
     num_parameters: int
     quantization: str
+    quality: Quality | None
     kernel_set: str
     vocab_size: int
     max_batch_prefill_tokens: int

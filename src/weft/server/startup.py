@@ -5,12 +5,12 @@ while they wait. Ranks agree on the number of blocks by taking the least; everyt
 A context that memory cannot hold is clipped and named, never a reason not to start.
 """
 
-import hashlib
 import platform
 import secrets
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,8 @@ from pathlib import Path
 import structlog
 import torch
 
-from weft import __version__
 from weft.config import Settings
-from weft.core.info import EngineInfo
+from weft.core.info import EngineInfo, QualityReceipt
 from weft.core.plan import SequenceStart, StepPlan
 from weft.core.request import RequestId, SamplingParams, Slot, StopConditions
 from weft.errors import DeviceError, DoesNotFitError, InvariantBroken
@@ -32,7 +31,7 @@ from weft.models.decoder import Decoder, load_decoder
 from weft.models.quant.gguf_packed import GgufPacked
 from weft.models.quant.rounded import rounded_scheme
 from weft.models.quant.scheme import QuantScheme, Unquantized
-from weft.models.spec import ModelDescription, WeightFormat
+from weft.models.spec import LongRopeScaling, ModelDescription, WeightFormat
 from weft.parallel.groups import Group, SoloGroup, join_group
 from weft.runner import graphs, memory
 from weft.runner.kv_pool import KvPool
@@ -40,6 +39,8 @@ from weft.runner.memory import KvShape, MemoryPlan
 from weft.runner.runner import Model, ModelRunner
 from weft.runner.sampling.watermark import WatermarkSettings
 from weft.scheduler.config import DEFAULT_BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_PREFILL_TOKENS, SchedulerConfig
+from weft.server import quality
+from weft.server.fingerprint import NumericConfiguration, digest_of_weights, fingerprint
 
 log = structlog.get_logger("weft.startup")
 
@@ -110,7 +111,8 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
         scheme = choose_scheme(settings, description, layout.device)
     with timer.phase("connect"):
         group = connect_ranks(settings, rank, world_size, layout.device)
-    with timer.phase("load"):
+    with timer.phase("load"), ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(digest_of_weights, Path(settings.model_path))
         decoder = load_decoder(
             Path(settings.model_path),
             description,
@@ -120,15 +122,35 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
             progress=lambda share: timer.progress("load", 100.0 * share),
             scheme=scheme,
         )
+        weights_digest = digest.result()
+    numerics = _numeric_configuration(settings, description, layout, world_size, scheme)
+    receipt = _quality(settings, description, decoder, layout, group, numerics, weights_digest, timer)
     with timer.phase("allocate"):
         plan = _plan_memory(settings, description, decoder, layout, group)
         config = _scheduler_config(settings, description, layout, plan)
         runner = _build_runner(settings, description, decoder, layout, plan, config, group)
     with timer.phase("warmup"):
         warm_up(runner, config)
-    quantization = scheme.name or _stored_quantization(description)
-    info = _engine_info(settings, description, layout, plan, config, world_size, timer, quantization)
+    info = _engine_info(settings, description, layout, plan, config, world_size, timer, numerics)
+    device = info.device_name if layout.device.type != "cpu" else ""
+    info = replace(info, fingerprint=fingerprint(weights_digest, numerics, device), quality=receipt)
     return StartedRank(runner=runner, info=info, scheduler_config=config, group=group)
+
+
+def measure_quality(settings: Settings) -> tuple[str, NumericConfiguration, QualityReceipt]:
+    """What few bits cost a model, measured whatever is known already: digest of its weights, configuration, receipt.
+
+    Raises   as `start_rank`
+    """
+    layout = _choose_layout(settings, rank=0)
+    configure_kernels(settings)
+    path, group = Path(settings.model_path), SoloGroup()
+    description = _within_context(model_registry.describe(path), settings)
+    scheme = choose_scheme(settings, description, layout.device)
+    numerics = _numeric_configuration(settings, description, layout, group.world_size, scheme)
+    decoder = load_decoder(path, description, dtype=layout.dtype, device=layout.device, group=group, scheme=scheme)
+    receipt = _measured_quality(settings, description, decoder, layout, group)
+    return digest_of_weights(path), numerics, receipt
 
 
 def _within_context(description: ModelDescription, settings: Settings) -> ModelDescription:
@@ -355,16 +377,7 @@ def _build_runner(
     config: SchedulerConfig,
     group: Group,
 ) -> ModelRunner:
-    num_kv_heads, head_dim = decoder.kv_shapes[0]
-    pool = KvPool(
-        num_layers=description.num_layers,
-        num_blocks=plan.num_blocks,
-        num_kv_heads=num_kv_heads,
-        block_size_tokens=layout.block_size_tokens,
-        head_dim=head_dim,
-        dtype=layout.dtype,
-        device=layout.device,
-    )
+    pool = _kv_pool(decoder, layout, plan.num_blocks)
     return ModelRunner(
         _fastest_form(
             decoder, layout, group, max_step_tokens=_max_batch_prefill_tokens(settings, description), config=config
@@ -376,6 +389,19 @@ def _build_runner(
         device=layout.device,
         watermark=WatermarkSettings(settings.watermark_gamma, settings.watermark_delta),
         group=group,
+    )
+
+
+def _kv_pool(decoder: Decoder, layout: _Layout, num_blocks: int) -> KvPool:
+    num_kv_heads, head_dim = decoder.kv_shapes[0]
+    return KvPool(
+        num_layers=len(decoder.kv_shapes),
+        num_blocks=num_blocks,
+        num_kv_heads=num_kv_heads,
+        block_size_tokens=layout.block_size_tokens,
+        head_dim=head_dim,
+        dtype=layout.dtype,
+        device=layout.device,
     )
 
 
@@ -403,26 +429,19 @@ def _engine_info(
     config: SchedulerConfig,
     world_size: int,
     timer: PhaseTimer,
-    quantization: str,
+    numerics: NumericConfiguration,
 ) -> EngineInfo:
     device_type = layout.device.type
-    kernel_set = kernel_registry.kernel_set(device_type)
-    identity = "\0".join(
-        (
-            *(__version__, settings.model_id, settings.model_sha or "", layout.dtype_name),
-            *(quantization, kernel_set, str(world_size)),
-        )
-    )
     return EngineInfo(
         model_id=settings.shown_model_name,
         revision=settings.revision or "",
         model_type=description.model_type,
         num_parameters=description.num_parameters,
         dtype=layout.dtype_name,
-        quantization=quantization,
+        quantization=numerics.weights or _stored_quantization(description),
         device_type=device_type,
         device_name=_device_name(layout.device),
-        kernel_set=kernel_set,
+        kernel_set=kernel_registry.kernel_set(device_type),
         vocab_size=description.vocab_size,
         max_total_tokens=config.max_total_tokens,
         max_batch_prefill_tokens=config.max_batch_prefill_tokens,
@@ -437,8 +456,63 @@ def _engine_info(
         prefix_caching=config.prefix_caching,
         batch_invariant=kernel_registry.is_batch_invariant(layout.dtype, device_type),
         world_size=world_size,
-        fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
         phases=tuple(timer.seconds),
+    )
+
+
+def _numeric_configuration(
+    settings: Settings, description: ModelDescription, layout: _Layout, world_size: int, scheme: QuantScheme
+) -> NumericConfiguration:
+    scalings = (layer.mixer.rope.scaling for layer in description.spec.layers)
+    return NumericConfiguration(
+        dtype=layout.dtype_name,
+        weights=scheme.name,
+        kv_cache=layout.dtype_name,
+        block_size_tokens=layout.block_size_tokens,
+        world_size=world_size,
+        is_long_context=any(
+            isinstance(scaling, LongRopeScaling) and description.max_positions > scaling.original_max_positions
+            for scaling in scalings
+        ),
+        watermark=(settings.watermark_gamma, settings.watermark_delta),
+    )
+
+
+def _quality(
+    settings: Settings,
+    description: ModelDescription,
+    decoder: Decoder,
+    layout: _Layout,
+    group: Group,
+    numerics: NumericConfiguration,
+    weights_digest: str,
+    timer: PhaseTimer,
+) -> QualityReceipt | None:
+    """What few bits cost, as far as it is known or asked for. Raises StartupError below the floor."""
+    if not numerics.is_rounded:
+        return None
+    receipt = quality.kept_receipt(weights_digest, numerics)
+    if receipt is None and settings.quality_receipt:
+        with timer.phase("quality"):
+            receipt = _measured_quality(settings, description, decoder, layout, group)
+    if receipt is not None:
+        quality.require_quality(receipt, numerics, settings.quality_floor)
+    return receipt
+
+
+def _measured_quality(
+    settings: Settings, description: ModelDescription, decoder: Decoder, layout: _Layout, group: Group
+) -> QualityReceipt:
+    path = Path(settings.model_path)
+    exact = load_decoder(path, description, dtype=layout.dtype, device=layout.device, group=group)
+    piece_tokens = min(quality.PIECE_TOKENS, description.max_positions)
+    num_blocks = -(-piece_tokens // layout.block_size_tokens)
+    return quality.measure(
+        quality.Subject(exact, _kv_pool(exact, layout, num_blocks)),
+        quality.Subject(decoder, _kv_pool(decoder, layout, num_blocks)),
+        quality.text_token_ids(path, Path(settings.cache_dir)),
+        layout.dtype_name,
+        piece_tokens,
     )
 
 

@@ -38,6 +38,17 @@ def test_the_banner_has_the_numbers_that_matter_in_at_most_15_lines() -> None:
     assert "hush" not in text
 
 
+def test_the_banner_says_what_few_bits_cost_where_that_is_known() -> None:
+    receipt = {"reference": "bfloat16", "top1_agreement": 0.91174, "kl_nats": 0.01384, "num_tokens": 2538}
+
+    def rows(quality: object) -> list[str]:
+        return [line for line in banner.banner(Settings(), {**READY, "quality": quality}, []) if "quality" in line]
+
+    (row,) = rows(receipt)
+    assert "keeps 91.2% of bfloat16's most likely tokens, KL 0.0138 nats, on 2,538 tokens" in row
+    assert rows(None) == []
+
+
 @pytest.mark.parametrize("reference", ["org/model", "/models/it's here/m", 'quo"te'])
 def test_the_request_can_be_pasted_into_a_shell(reference: str) -> None:
     words = shlex.split(banner.curl(Settings(model_id=reference)))

@@ -1,13 +1,14 @@
 """What goes over the wire comes out the same, field by field."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.core.events import FailureEvent, PromptReport, TokenEvent
-from weft.core.info import EngineInfo, EngineStats
+from weft.core.info import EngineInfo, EngineStats, QualityReceipt
 from weft.core.plan import TopTokens
 from weft.core.request import (
     FinishReason,
@@ -167,10 +168,13 @@ def test_stats_and_info_survive_the_wire():
         **{
             name: {int: i + 1, str: f"text {i}", bool: name == "batch_invariant"}[field.type]
             for i, (name, field) in enumerate(EngineInfo.__dataclass_fields__.items())
-            if name != "phases"
+            if name not in {"phases", "quality"}
         },
         phases=(("load", 1.5), ("warmup", 0.25)),
+        quality=QualityReceipt(reference="bfloat16", top1_agreement=0.9, kl_nats=0.01, num_tokens=2_538),
     )
 
     assert convert.stats_from_wire(convert.stats_to_wire(stats)) == stats
     assert convert.info_from_wire(convert.info_to_wire(info)) == info
+    unmeasured = replace(info, quality=None)
+    assert convert.info_from_wire(convert.info_to_wire(unmeasured)) == unmeasured

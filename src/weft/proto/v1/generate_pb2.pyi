@@ -562,6 +562,7 @@ class InfoResponse(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     revision: _builtins.str
     model_type: _builtins.str
@@ -589,9 +590,13 @@ class InfoResponse(_message.Message):
     """Same tokens for a request whatever shares its batch."""
     world_size: _builtins.int
     fingerprint: _builtins.str
-    """Hash of weights, configuration and kernel set."""
+    """Hashes of weights, numeric configuration and kernel set, joined by "-"."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseTime]: ...
+    @_builtins.property
+    def quality(self) -> Global___QualityReceipt:
+        """Absent when nothing is rounded or nobody has measured."""
+
     def __init__(
         self,
         *,
@@ -620,14 +625,48 @@ class InfoResponse(_message.Message):
         world_size: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         phases: _abc.Iterable[Global___PhaseTime] | None = ...,
+        quality: Global___QualityReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "device_name", b"device_name", "device_type", b"device_type", "dtype", b"dtype", "fingerprint", b"fingerprint", "free_bytes", b"free_bytes", "kernel_set", b"kernel_set", "kv_pool_bytes", b"kv_pool_bytes", "max_batch_prefill_tokens", b"max_batch_prefill_tokens", "max_batch_total_tokens", b"max_batch_total_tokens", "max_num_sequences", b"max_num_sequences", "max_total_tokens", b"max_total_tokens", "model_id", b"model_id", "model_type", b"model_type", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "phases", b"phases", "prefix_caching", b"prefix_caching", "quantization", b"quantization", "revision", b"revision", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "device_name", b"device_name", "device_type", b"device_type", "dtype", b"dtype", "fingerprint", b"fingerprint", "free_bytes", b"free_bytes", "kernel_set", b"kernel_set", "kv_pool_bytes", b"kv_pool_bytes", "max_batch_prefill_tokens", b"max_batch_prefill_tokens", "max_batch_total_tokens", b"max_batch_total_tokens", "max_num_sequences", b"max_num_sequences", "max_total_tokens", b"max_total_tokens", "model_id", b"model_id", "model_type", b"model_type", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "phases", b"phases", "prefix_caching", b"prefix_caching", "quality", b"quality", "quantization", b"quantization", "revision", b"revision", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InfoResponse: _TypeAlias = InfoResponse  # noqa: Y015
+
+@_typing.final
+class QualityReceipt(_message.Message):
+    """How near a model of few bits is to itself in the type that activations have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
+    KL_NATS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """That type, for example bfloat16."""
+    top1_agreement: _builtins.float
+    """Share of positions with the same most likely token, 0 to 1."""
+    kl_nats: _builtins.float
+    """Mean divergence per token."""
+    num_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        top1_agreement: _builtins.float = ...,
+        kl_nats: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl_nats", b"kl_nats", "num_tokens", b"num_tokens", "reference", b"reference", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QualityReceipt: _TypeAlias = QualityReceipt  # noqa: Y015
 
 @_typing.final
 class PhaseTime(_message.Message):
