@@ -26,8 +26,8 @@ status of `/v1`; its streams end with the event `error`.
 429 and 503 carry `Retry-After` in seconds, 401 `WWW-Authenticate`. Every answer carries `x-request-id`: the client's
 own when it is printable and has at most {max_id} characters, else a new one.
 
-| Code | Native status | `error_type` | `/v1` status | `type` | Counted in `tgi_request_failure` as | Meaning |
-| --- | --- | --- | --- | --- | --- | --- |
+| Code | Native status | `error_type` | `/v1` status | `type` | `code` | Counted in `tgi_request_failure` as | Meaning |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 Status 499 is never sent: it marks in the log a client that left before its answer. Limits of a connection (headers of
@@ -121,8 +121,10 @@ def _request_errors(root: type[errors.RequestError]) -> Iterator[type[errors.Req
 
 def _error_row(kind: type[errors.RequestError]) -> str:
     meaning = (kind.__doc__ or "").strip().replace("\n", " ")
-    cells = (f"`{kind.code}`", kind.http_status, f"`{kind.error_type}`", kind.openai_status, f"`{kind.openai_type}`")
-    return "| " + " | ".join(map(str, (*cells, f"`{kind.metric_label}`", " ".join(meaning.split())))) + " |"
+    native = (kind.http_status, f"`{kind.error_type}`")
+    openai = (kind.openai_status, f"`{kind.openai_type}`", f"`{kind.openai_code or kind.code}`")
+    cells = (f"`{kind.code}`", *native, *openai, f"`{kind.metric_label}`", " ".join(meaning.split()))
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def endpoints_page() -> str:

@@ -44,6 +44,7 @@ class RequestError(WeftError):
     openai_status on `/v1` routes
     error_type    TGI's word for it (`error_type` in its JSON bodies)
     openai_type   `error.type` on `/v1` routes
+    openai_code   `error.code` on `/v1` routes, where OpenAI has a word of its own; "" = `code`
     """
 
     code = "request_error"
@@ -51,6 +52,7 @@ class RequestError(WeftError):
     openai_status: ClassVar[int] = 500
     error_type: ClassVar[str] = "generation"
     openai_type: ClassVar[str] = "server_error"
+    openai_code: ClassVar[str] = ""
     metric_label: ClassVar[str] = "generation"
     """Value of `err` in `tgi_request_failure`."""
 
@@ -84,6 +86,7 @@ class ValidationError(RequestError):
     """A field is readable but its value is not allowed."""
 
     code = "validation"
+    openai_code = "invalid_value"
     http_status = 422
     openai_status = 400
     error_type = "validation"
@@ -95,12 +98,14 @@ class NotSupportedError(ValidationError):
     """A field of the API that this server knows and does not implement."""
 
     code = "not_supported"
+    openai_code = "unsupported_parameter"
 
 
 class EncodingError(ValidationError):
     """The bytes of a KServe tensor are no UTF-8."""
 
     code = "utf8"
+    openai_code = ""
     error_type = "utf8"
 
 
@@ -108,6 +113,7 @@ class TensorCountError(ValidationError):
     """A KServe request asks for more or fewer outputs than it has inputs."""
 
     code = "length_mismatch"
+    openai_code = ""
     error_type = "length mismatch"
 
 
@@ -115,12 +121,14 @@ class PreviousResponseNotFoundError(ValidationError):
     """`previous_response_id` names no stored response."""
 
     code = "previous_response_not_found"
+    openai_code = ""
 
 
 class ContextLengthError(ValidationError):
     """Prompt and completion do not fit the context."""
 
     code = "context_length_exceeded"
+    openai_code = ""
 
 
 class TemplateError(RequestError):
@@ -166,6 +174,7 @@ class MethodNotAllowedError(RequestError):
     """The route exists for another method."""
 
     code = "method_not_allowed"
+    openai_code = "method_not_supported"
     http_status = 405
     openai_status = 405
     error_type = "method_not_allowed"
@@ -221,6 +230,7 @@ class OverloadedError(RequestError):
     """Every place, running and waiting, is taken."""
 
     code = "overloaded"
+    openai_code = "rate_limit_exceeded"
     http_status = 429
     openai_status = 429
     error_type = "overloaded"

@@ -73,6 +73,14 @@ class FakeChatTemplate:
 
     def __init__(self) -> None:
         self.kwargs: Mapping[str, Any] = {}
+        self.words: frozenset[str] = frozenset()
+        self.known_variables = frozenset({"messages", "add_generation_prompt"})
+
+    def speaks_of(self, word: str) -> bool:
+        return word in self.words
+
+    async def variables(self, *, with_tools: bool = False) -> frozenset[str]:
+        return self.known_variables
 
     async def render(
         self,

@@ -184,7 +184,7 @@ CHAT_FIELDS: dict[str, list[str]] = {
 
 COMPLETION_FIELDS: dict[str, list[str]] = {
     "prompt": ["text", "number as text", "unicode", "array of text", "array of int"],
-    "max_tokens": numbers(1, MAX_TOTAL_TOKENS - 2, integers=True),
+    "max_tokens": numbers(0, MAX_TOTAL_TOKENS - 2, integers=True),
     "min_tokens": numbers(0, 16, integers=True),
     "echo": BOOLEANS,
     "logprobs": numbers(0, 20, integers=True),
@@ -290,13 +290,15 @@ async def test_what_json_does_not_have_is_malformed(door: Door, value: str):
 
 MESSAGES: list[tuple[object, bool]] = [
     ({"role": "user", "content": "a"}, True),
-    ({"role": "user", "content": None}, True),
+    ({"role": "assistant", "content": None}, True),
     ({"role": "user", "content": []}, True),
     ({"role": "user", "content": [{"type": "text", "text": "a"}]}, True),
     ({"role": "user", "content": "a", "name": None, "tool_calls": None, "extra": 1}, True),
-    ({"role": "user"}, True),
+    ({"role": "assistant"}, True),
     ({"role": "assistant", "tool_calls": [{}], "content": None}, True),
     ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "not json"}}]}, True),
+    ({"role": "user", "content": None}, False),
+    ({"role": "user"}, False),
     ({}, False),
     ({"content": "a"}, False),
     ({"role": None, "content": "a"}, False),

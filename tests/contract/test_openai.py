@@ -30,7 +30,7 @@ class TestChat:
         assert body["choices"] == [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "hello", "refusal": None},
+                "message": {"role": "assistant", "content": "hello", "refusal": None, "annotations": []},
                 "logprobs": None,
                 "finish_reason": "stop",
             }
@@ -40,8 +40,13 @@ class TestChat:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": 6,
             "total_tokens": prompt_tokens + 6,
-            "prompt_tokens_details": {"cached_tokens": 4},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 4, "audio_tokens": 0, "cache_write_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
         }
 
     async def test_ids_are_unique(self):
@@ -57,7 +62,7 @@ class TestChat:
         assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
         assert len({chunk["id"] for chunk in chunks}) == 1
         assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
-            {"role": "assistant", "content": ""},
+            {"role": "assistant", "content": "", "refusal": None},
             {"content": "h"},
             {"content": "é"},
             {},
@@ -84,7 +89,7 @@ class TestChat:
         answer = await build_house(say("hello"), batch_size=100).post(CHAT, chat(stream=True))
 
         deltas = [chunk["choices"][0]["delta"] for chunk in answer.events[:-1]]
-        assert deltas == [{"role": "assistant", "content": ""}, {"content": "hello"}, {}]
+        assert deltas == [{"role": "assistant", "content": "", "refusal": None}, {"content": "hello"}, {}]
 
     @pytest.mark.parametrize("stop", ["two", ["no", "two"]])
     @pytest.mark.parametrize("stream", [False, True])
@@ -255,6 +260,76 @@ class TestMessages:
         assert answer.status == 200
         if prompt is not None:
             assert text_of(house.backend.requests[0].prompt_token_ids) == prompt
+
+    @pytest.mark.parametrize(
+        ("messages", "prompt"),
+        [
+            ([("developer", "d"), ("user", "a")], "[system]d[user]a"),
+            ([("system", "s"), ("developer", "d"), ("user", "a")], "[system]s\n\nd[user]a"),
+            ([("developer", "d"), ("system", "s"), ("user", "a")], "[system]d\n\ns[user]a"),
+            ([("user", "a"), ("developer", "d")], "[user]a[system]d"),
+            ([("system", "s"), ("system", "t"), ("user", "a")], "[system]s[system]t[user]a"),
+        ],
+    )
+    async def test_developer_is_system_to_a_template_that_does_not_know_the_word(
+        self, messages: list[tuple[str, str]], prompt: str
+    ):
+        house = build_house()
+        body = {"messages": [{"role": role, "content": text} for role, text in messages]}
+
+        await house.post(CHAT, body)
+        house.template.words = frozenset({"developer"})
+        await house.post(CHAT, body)
+
+        unaware, aware = (text_of(request.prompt_token_ids) for request in house.backend.requests)
+        assert unaware == prompt + "[assistant]"
+        assert aware == "".join(f"[{role}]{text}" for role, text in messages) + "[assistant]"
+
+    @pytest.mark.parametrize("role", ["user", "system", "developer", "tool"])
+    async def test_only_an_assistant_may_have_said_nothing(self, role: str):
+        answer = await build_house().post(CHAT, {"messages": [*MESSAGES, {"role": role, "content": None}]})
+
+        assert answer.status == 400
+        assert answer.json["error"]["param"] == "messages[1].content"
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {"content": None, "refusal": "No."},
+            {"content": [{"type": "refusal", "refusal": "No."}]},
+            {"content": [{"type": "text", "text": "N"}, {"type": "refusal", "refusal": "o."}], "refusal": None},
+        ],
+    )
+    async def test_an_earlier_refusal_is_what_the_assistant_said(self, said: dict[str, object]):
+        house = build_house()
+
+        await house.post(CHAT, {"messages": [*MESSAGES, {"role": "assistant", **said}, *MESSAGES]})
+
+        assert text_of(house.backend.requests[0].prompt_token_ids) == "[user]Hi[assistant]No.[user]Hi[assistant]"
+
+    async def test_the_earlier_form_of_tool_calls_reaches_the_template(self):
+        house = build_house()
+        seen = []
+        house.template.render = _remember(house.template.render, seen)
+        call = {"name": "f", "arguments": '{"a": 1}'}
+        messages = [
+            *MESSAGES,
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "f", "content": "42"},
+        ]
+
+        assert (await house.post(CHAT, {"messages": messages})).status == 200
+        assert seen[0][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+        assert seen[0][2] == {"role": "tool", "name": "f", "content": "42"}
+
+    @pytest.mark.parametrize(
+        "said", [{"audio": {"id": "a"}}, {"tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "f"}}]}]
+    )
+    async def test_what_an_earlier_answer_cannot_have_been_is_refused_by_name(self, said: dict[str, object]):
+        answer = await build_house().post(CHAT, {"messages": [*MESSAGES, {"role": "assistant", **said}]})
+
+        assert answer.status == 400
+        assert "`messages[1]." in answer.json["error"]["message"]
 
     async def test_no_special_tokens_are_added_to_a_rendered_prompt(self):
         house = build_house()
@@ -433,6 +508,13 @@ class TestCompletions:
                 assert answer.json["choices"][0]["logprobs"]["top_logprobs"] is None
             assert text == "ab"
 
+    async def test_max_tokens_zero_alone_says_nothing(self):
+        answer = await build_house(say("c")).post(COMPLETIONS, {"prompt": "ab", "max_tokens": 0})
+
+        choice = answer.json["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("", "length")
+        assert answer.json["usage"]["completion_tokens"] == 0
+
     @pytest.mark.parametrize("prompt", [[], "", [[]], [1, "a"], [1, [2]], [-1], [258], ["a"] * 5])
     async def test_a_bad_prompt_is_named(self, prompt: object):
         answer = await build_house().post(COMPLETIONS, {"prompt": prompt})
@@ -496,7 +578,10 @@ class TestRefusals:
             ("response_format", {"type": "json_object"}),
             ("response_format", {"type": "json_schema", "json_schema": {}}),
             ("functions", [{"name": "f"}]),
-            ("function_call", "auto"),
+            ("function_call", {"name": "f"}),
+            ("web_search_options", {}),
+            ("moderation", {"model": "m"}),
+            ("store", True),
             ("audio", {"voice": "x"}),
             ("modalities", ["audio"]),
             ("chat_template", "{{ 1 }}"),
@@ -509,7 +594,7 @@ class TestRefusals:
 
         assert answer.status == 400
         assert answer.json["error"]["param"] == field
-        assert answer.json["error"]["code"] == "not_supported"
+        assert answer.json["error"]["code"] == "unsupported_parameter"
         assert f"`{field}`" in answer.json["error"]["message"]
 
     @pytest.mark.parametrize(
@@ -519,10 +604,61 @@ class TestRefusals:
             ("response_format", {"type": "text"}), ("response_format", None), ("modalities", ["text"]),
             ("functions", []), ("logit_bias", {}), ("stop", None), ("stop", []), ("n", None), ("logprobs", None),
             ("metadata", {"a": "b"}), ("service_tier", "auto"), ("store", False), ("reasoning_effort", "low"),
+            ("function_call", "auto"), ("parallel_tool_calls", False), ("verbosity", "high"),
+            ("safety_identifier", "x"),
+            ("prediction", {"type": "content", "content": "a"}), ("prompt_cache_key", "k"), ("store", None),
+            ("prediction", {"type": "content", "content": [{"type": "text", "text": "a"}]}),
+            ("prompt_cache_retention", "24h"), ("prompt_cache_options", {"mode": "explicit", "ttl": "30m"}),
+            ("stream_options", {"include_obfuscation": False}), ("moderation", None), ("audio", None),
         ],
     )  # fmt: skip
     async def test_harmless_forms_are_accepted(self, field: str, value: object):
         assert (await build_house().post(CHAT, chat(**{field: value}))).status == 200
+
+    @pytest.mark.parametrize(
+        ("field", "value", "param"),
+        [
+            ("service_tier", "gold", "service_tier"),
+            ("reasoning_effort", "most", "reasoning_effort"),
+            ("verbosity", "mute", "verbosity"),
+            ("prompt_cache_retention", "1y", "prompt_cache_retention"),
+            ("prompt_cache_options", {"mode": "off"}, "prompt_cache_options.mode"),
+            ("prediction", {"type": "audio", "content": "a"}, "prediction.type"),
+            ("metadata", {"a" * 65: "b"}, "metadata"),
+            ("metadata", {str(i): "b" for i in range(17)}, "metadata"),
+        ],
+    )
+    async def test_what_changes_nothing_is_checked_all_the_same(self, field: str, value: object, param: str):
+        answer = await build_house().post(CHAT, chat(**{field: value}))
+
+        assert answer.status == 400
+        error = answer.json["error"]
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "invalid_value")
+
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_the_answer_names_the_tier_when_one_was_asked_for(self, stream: bool):
+        house = build_house()
+        options = {"stream": stream, "stream_options": {"include_usage": True}}
+
+        asked = await house.post(CHAT, chat(service_tier="priority", **options))
+        silent = await house.post(CHAT, chat(**options))
+
+        objects = asked.events[:-1] if stream else [asked.json]
+        assert {answer["service_tier"] for answer in objects} == {"default"}
+        assert b"service_tier" not in silent.body
+
+    async def test_the_effort_reaches_a_template_that_reads_it(self):
+        house = build_house()
+
+        await house.post(CHAT, chat(reasoning_effort="high"))
+        assert house.template.kwargs == {}
+
+        house.template.known_variables |= {"reasoning_effort"}
+        await house.post(CHAT, chat(reasoning_effort="high"))
+        assert house.template.kwargs == {"reasoning_effort": "high"}
+
+        await house.post(CHAT, chat(reasoning_effort="high", chat_template_kwargs={"reasoning_effort": "low"}))
+        assert house.template.kwargs == {"reasoning_effort": "low"}
 
     async def test_suffix_and_best_of_are_refused_by_name(self):
         house = build_house()

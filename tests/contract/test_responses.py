@@ -585,7 +585,7 @@ class TestRefusals:
         answer = await big_house().post(PATH, {"input": "a", field: value})
 
         assert answer.status == 400
-        assert (answer.json["error"]["param"], answer.json["error"]["code"]) == (field, "not_supported")
+        assert (answer.json["error"]["param"], answer.json["error"]["code"]) == (field, "unsupported_parameter")
         assert f"`{field}`" in answer.json["error"]["message"]
 
     @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def _turn(given: AnthropicMessage, place: str) -> list[Message]:
     if isinstance(given.content, str):
         return [Message(role=given.role, content=given.content)]
     results: list[Message] = []
-    said = Message(role=given.role)
+    said = Message(role=given.role, content=None if given.role == "assistant" else "")
     text: list[str] = []
     for index, block in enumerate(given.content):
         spot = f"{place}.content[{index}]"

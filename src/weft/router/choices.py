@@ -51,6 +51,8 @@ class AnswerHead:
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str | UnsetType = UNSET
+    """Only of a chat completion that asked for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,7 @@ class ChatChoiceText(StreamedChoice):
         frames: list[bytes] = []
         if not self._has_begun:
             self._has_begun = True
-            frames.append(self._chunk(Delta(role="assistant", content="")))
+            frames.append(self._chunk(Delta(role="assistant", content="", refusal=None)))
         if records:
             frames.append(self._chunk(Delta(content=text), self._logprobs(records)))
         elif text:
@@ -238,6 +240,7 @@ class ChatChoiceText(StreamedChoice):
                 system_fingerprint=head.system_fingerprint,
                 choices=[],
                 usage=usage,
+                service_tier=head.service_tier,
             )
         )
 
@@ -260,6 +263,7 @@ class ChatChoiceText(StreamedChoice):
                 system_fingerprint=head.system_fingerprint,
                 choices=[ChunkChoice(index=self.index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)],
                 usage=self._usage_field,
+                service_tier=head.service_tier,
             )
         )
 

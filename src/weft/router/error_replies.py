@@ -134,5 +134,7 @@ def _native(error: RequestError) -> ErrorResponse:
 
 def _openai(error: RequestError) -> OpenAIError:
     return OpenAIError(
-        error=ErrorBody(message=error.message, type=error.openai_type, param=error.field, code=error.code)
+        error=ErrorBody(
+            message=error.message, type=error.openai_type, param=error.field, code=error.openai_code or error.code
+        )
     )

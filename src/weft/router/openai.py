@@ -5,7 +5,7 @@ Source: OpenAI API reference; ranges in `validate.py`, conversations in `chat_pr
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weft.core.request import Request
 from weft.errors import ValidationError
@@ -17,6 +17,7 @@ from weft.router.error_replies import openai_end_frames
 from weft.router.exchange import Exchange, RawHeaders
 from weft.router.generation import Generation, timing_headers
 from weft.router.model_names import answer_head, is_served, shown_names, unknown_model
+from weft.router.openai_fields import ONLY_TIER
 from weft.router.request_origin import origin_of
 from weft.router.schemas_openai import (
     ChatCompletion,
@@ -54,6 +55,8 @@ async def chat_completions(context: RouterContext, exchange: Exchange) -> None:
     """POST /v1/chat/completions."""
     body = decode(exchange.body, ChatRequest)
     head = answer_head("chatcmpl-", body.model, context, context.require_model())
+    if body.service_tier is not None:
+        head = replace(head, service_tier=ONLY_TIER)
     conversation = await prepare(context, exchange, body)
     with_usage = _wants_usage(body)
     job = _Job(
@@ -84,6 +87,7 @@ async def chat_completions(context: RouterContext, exchange: Exchange) -> None:
                 system_fingerprint=head.system_fingerprint,
                 choices=[choice.whole() for choice in job.choices if isinstance(choice, ChatChoiceText)],
                 usage=usage,
+                service_tier=head.service_tier,
             )
         )
 

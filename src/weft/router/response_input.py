@@ -82,7 +82,7 @@ def _append(messages: list[Message], message: Message) -> None:
 
 def _said(item: MessageItem) -> Message:
     text = "".join(part.refusal if isinstance(part, Refusal) else part.text for part in item.content)
-    return Message(role=_SYSTEM if item.role == "developer" else item.role, content=text)
+    return Message(role=item.role, content=text)
 
 
 def _called(item: FunctionCallItem) -> Message:

@@ -21,6 +21,16 @@ from weft.router.exchange import Exchange
 from weft.router.generation import timing_headers
 from weft.router.json_values import is_given
 from weft.router.model_names import answer_head
+from weft.router.openai_fields import (
+    CACHE_MODES,
+    CACHE_RETENTIONS,
+    REASONING_EFFORTS,
+    SERVICE_TIERS,
+    VERBOSITIES,
+    check_choice,
+    check_metadata,
+    is_idle_choice,
+)
 from weft.router.request_origin import origin_of
 from weft.router.response_events import (
     CANCELLED,
@@ -66,15 +76,10 @@ _INCLUDABLE = (
     "message.input_image.image_url",
 )
 """Only the first can have an effect; the others belong to items that no answer here has."""
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _SUMMARIES = ("auto", "concise", "detailed")
-_VERBOSITIES = ("low", "medium", "high")
 _UNFINISHED = (QUEUED, IN_PROGRESS)
 _MAX_PAGE_ITEMS = 100
 _PAGE_ITEMS = 20
-_MAX_METADATA_ENTRIES = 16
-_MAX_METADATA_KEY_CHARS = 64
-_MAX_METADATA_VALUE_CHARS = 512
 
 
 async def create(context: RouterContext, exchange: Exchange) -> None:
@@ -214,6 +219,7 @@ def _chat_body(body: PromptFields, items: list[Item]) -> ChatRequest:
         messages=messages_of(body.instructions, items),
         add_generation_prompt=True,
         chat_template_kwargs=body.chat_template_kwargs,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
     )
     if not isinstance(body, ResponsesRequest):
         return chat
@@ -323,10 +329,14 @@ def _check(body: ResponsesRequest, context: RouterContext) -> None:
             field="background",
         )
     for value in body.include or ():
-        _check_choice("include", value, _INCLUDABLE)
+        check_choice("include", value, _INCLUDABLE)
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         raise ValidationError(f"`max_tool_calls` must be >= 1. Given: {body.max_tool_calls}", field="max_tool_calls")
-    _check_metadata(body.metadata or {})
+    check_choice("service_tier", body.service_tier, SERVICE_TIERS)
+    check_choice("prompt_cache_retention", body.prompt_cache_retention, CACHE_RETENTIONS)
+    if body.prompt_cache_options is not None:
+        check_choice("prompt_cache_options.mode", body.prompt_cache_options.mode, CACHE_MODES)
+    check_metadata(body.metadata or {})
 
 
 def _check_prompt_fields(body: PromptFields, context: RouterContext) -> None:
@@ -339,7 +349,7 @@ def _check_prompt_fields(body: PromptFields, context: RouterContext) -> None:
         )
     if body.tools:
         raise NotSupportedError("`tools` is not supported yet; leave it out", field="tools")
-    if is_given(body.tool_choice) and bytes(body.tool_choice) not in (b'"none"', b'"auto"'):
+    if not is_idle_choice(body.tool_choice):
         raise NotSupportedError('`tool_choice` other than "none" or "auto" is not supported yet', field="tool_choice")
     if is_given(body.conversation):
         raise NotSupportedError(
@@ -351,29 +361,10 @@ def _check_prompt_fields(body: PromptFields, context: RouterContext) -> None:
     if body.text is not None and body.text.format is not None and body.text.format.type != "text":
         raise NotSupportedError('`text.format` other than {"type": "text"} is not supported yet', field="text.format")
     if body.text is not None:
-        _check_choice("text.verbosity", body.text.verbosity, _VERBOSITIES)
+        check_choice("text.verbosity", body.text.verbosity, VERBOSITIES)
     if body.reasoning is not None:
-        _check_choice("reasoning.effort", body.reasoning.effort, _EFFORTS)
-        _check_choice("reasoning.summary", body.reasoning.summary, _SUMMARIES)
-
-
-def _check_choice(field: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise ValidationError(f"`{field}` must be one of {', '.join(choices)}. Given: {value[:64]!r}", field=field)
-
-
-def _check_metadata(metadata: dict[str, str]) -> None:
-    if len(metadata) > _MAX_METADATA_ENTRIES:
-        raise ValidationError(
-            f"`metadata` must have at most {_MAX_METADATA_ENTRIES} entries. Given: {len(metadata)}", field="metadata"
-        )
-    for key, value in metadata.items():
-        if len(key) > _MAX_METADATA_KEY_CHARS or len(value) > _MAX_METADATA_VALUE_CHARS:
-            raise ValidationError(
-                f"`metadata` keys must have at most {_MAX_METADATA_KEY_CHARS} characters and values "
-                f"{_MAX_METADATA_VALUE_CHARS}. Given: {len(key)} and {len(value)}",
-                field="metadata",
-            )
+        check_choice("reasoning.effort", body.reasoning.effort, REASONING_EFFORTS)
+        check_choice("reasoning.summary", body.reasoning.summary, _SUMMARIES)
 
 
 # --- what is stored -----------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ class StreamOptions(Struct, kw_only=True):
     """Options of a stream."""
 
     include_usage: Annotated[bool | None, Meta(description="End with a chunk that holds the usage")] = None
+    include_obfuscation: Annotated[bool | None, Meta(description="Read; nothing is obfuscated")] = None
 
 
 class ContentPart(Struct, kw_only=True):
     """A part of a message; only text is supported yet."""
 
-    type: str
+    type: Annotated[str, Meta(description="text, or refusal in an assistant's message")]
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(Struct, kw_only=True):
@@ -47,9 +49,26 @@ class Message(Struct, kw_only=True):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    refusal: Annotated[str | None, Meta(description="What an earlier answer said instead of content")] = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: Annotated[FunctionCall | None, Meta(description="An earlier form of tool_calls")] = None
     reasoning_content: str | None = None
+    audio: Annotated[Anything, Meta(description="Not supported")] = ABSENT
+
+
+class Prediction(Struct, kw_only=True):
+    """What the answer will probably be."""
+
+    type: str
+    content: str | list[ContentPart]
+
+
+class PromptCacheOptions(Struct, kw_only=True):
+    """Hints about caching the prompt."""
+
+    mode: Annotated[str | None, Meta(description="implicit or explicit")] = None
+    ttl: str | None = None
 
 
 class SamplingFields(Struct, kw_only=True):
@@ -105,6 +124,19 @@ class ChatRequest(SamplingFields, kw_only=True):
     modalities: list[str] | None = None
     audio: Anything = ABSENT
     web_search_options: Anything = ABSENT
+    moderation: Anything = ABSENT
+    # Read and checked; `openai_fields.py` says why they change nothing.
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Read; there are no tools yet")] = None
+    reasoning_effort: Annotated[str | None, Meta(description="Given to templates that read it")] = None
+    verbosity: Annotated[str | None, Meta(description="low, medium or high: a hint to models that know it")] = None
+    service_tier: Annotated[str | None, Meta(description="Read; there is one tier, default")] = None
+    store: Annotated[bool | None, Meta(description="Only false; /v1/responses stores")] = None
+    metadata: Annotated[dict[str, str] | None, Meta(description="Up to 16 texts")] = None
+    prediction: Annotated[Prediction | None, Meta(description="Read; nothing is predicted")] = None
+    prompt_cache_key: Annotated[str | None, Meta(description="Read; shared prefixes are found without it")] = None
+    prompt_cache_retention: Annotated[str | None, Meta(description="in_memory or 24h: a hint")] = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    safety_identifier: Annotated[str | None, Meta(description="Read; nothing is kept about users")] = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
@@ -112,7 +144,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
     prompt: Annotated[str | list[str | int | list[int]], Meta(description="Text, token ids, or a list of either")]
     echo: Annotated[bool | None, Meta(description="Put the prompt before the completion")] = None
-    logprobs: Annotated[int | None, Meta(description="0 to 5 alternatives per place")] = None
+    logprobs: Annotated[int | None, Meta(description="0 to 20 alternatives per place; OpenAI's models have 5")] = None
     best_of: Annotated[int | None, Meta(description="Only 1 and n are supported")] = None
     suffix: Annotated[str | None, Meta(description="Refused")] = None
 
@@ -131,15 +163,20 @@ class EmbeddingsRequest(Struct, kw_only=True):
 
 
 class PromptTokensDetails(Struct, kw_only=True):
-    """Of the prompt's tokens."""
+    """Of the prompt's tokens. Writing to the prefix cache costs nothing here and is not counted."""
 
     cached_tokens: int
+    audio_tokens: int = 0
+    cache_write_tokens: int = 0
 
 
 class CompletionTokensDetails(Struct, kw_only=True):
-    """Of the completion's tokens."""
+    """Of the completion's tokens. Nothing is spoken or predicted."""
 
     reasoning_tokens: int
+    audio_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class Usage(Struct, kw_only=True):
@@ -182,6 +219,7 @@ class AssistantMessage(Struct, kw_only=True):
     role: str
     content: str | None
     refusal: None = None
+    annotations: list[str] = []
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -203,6 +241,7 @@ class ChatCompletion(Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: Annotated[str | UnsetType, Meta(description="When one was asked for")] = UNSET
 
 
 class Delta(Struct, kw_only=True, omit_defaults=True):
@@ -210,6 +249,7 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
 
 
 class ChunkChoice(Struct, kw_only=True):
@@ -231,6 +271,7 @@ class ChatCompletionChunk(Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    service_tier: Annotated[str | UnsetType, Meta(description="When one was asked for")] = UNSET
 
 
 class CompletionLogprobs(Struct, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from weft.router.json_values import ABSENT, Anything
-from weft.router.schemas_openai import TokenLogprob
+from weft.router.schemas_openai import PromptCacheOptions, TokenLogprob
 
 ItemId = Annotated[str, Meta(max_length=128)]
 
@@ -107,6 +107,8 @@ class ResponsesRequest(PromptFields, kw_only=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Annotated[str | None, Meta(description="in_memory or 24h: a hint")] = None
+    prompt_cache_options: PromptCacheOptions | None = None
     # Extensions that other servers have under the same names.
     seed: Annotated[int | None, Meta(description="Extension: same seed, same answer")] = None
     stop: Annotated[str | list[str] | None, Meta(description="Extension: texts that end the answer")] = None

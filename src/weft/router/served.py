@@ -18,6 +18,14 @@ from weft.text.tokenizer import Tokenizer, TokenSpan
 class ChatTemplate(Protocol):
     """The model's chat template, rendered in a bounded worker: `text/chat.py`, which says more."""
 
+    def speaks_of(self, word: str) -> bool:
+        """Whether the word stands in the template, for example the name of a role."""
+        ...
+
+    async def variables(self, *, with_tools: bool = False) -> frozenset[str]:
+        """The variables that the template reads."""
+        ...
+
     async def render(
         self,
         messages: Sequence[JsonObject],

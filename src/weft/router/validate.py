@@ -25,6 +25,7 @@ from weft.core.seeds import derive_seed
 from weft.errors import ContextLengthError, NotSupportedError, ValidationError
 from weft.limits import LIMITS
 from weft.router.json_values import is_given
+from weft.router.openai_fields import check_chat_fields, refuse_unknown_masks
 from weft.router.schemas_native import GenerateParameters
 from weft.router.schemas_openai import ChatRequest, CompletionRequest, SamplingFields
 from weft.router.served import ServedModel
@@ -217,7 +218,7 @@ def _check_best_of(parameters: GenerateParameters, best_of: int, max_best_of: in
 
 def check_chat(body: ChatRequest, settings: Settings, model: ServedModel) -> Checked:
     """Check the parameters of a chat request."""
-    _refuse_chat_fields(body)
+    check_chat_fields(body)
     _require(0 < len(body.messages) <= LIMITS.max_messages, "messages", _count_text("messages", body.messages))
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -234,18 +235,18 @@ def check_chat(body: ChatRequest, settings: Settings, model: ServedModel) -> Che
 
 
 def check_completion(body: CompletionRequest, settings: Settings, model: ServedModel) -> Checked:
-    """Check the parameters of a completion request; `max_tokens` 0 is fine together with `echo`."""
+    """Check the parameters of a completion request; `max_tokens` 0 scores the prompt of an `echo`."""
     if body.suffix is not None:
         raise NotSupportedError(
             "`suffix` is not supported; put the whole text into `prompt` as your model expects it", field="suffix"
         )
-    _refuse_common_fields(body)
+    refuse_unknown_masks(body)
     n = 1 if body.n is None else body.n
     if body.best_of not in (None, 1, n):
         raise NotSupportedError(
             f"`best_of` other than `n` is not supported. Given: {body.best_of}; leave it out", field="best_of"
         )
-    _check_least("max_tokens", body.max_tokens, 0 if body.echo else 1)
+    _check_least("max_tokens", body.max_tokens, 0)
     logprobs = 0 if body.logprobs is None else body.logprobs
     _check_range("logprobs", logprobs, 0, LIMITS.max_top_n_tokens_cap)
     max_tokens = 16 if body.max_tokens is None else max(body.max_tokens, 1)
@@ -355,50 +356,6 @@ def _logit_bias(biases: dict[str, float] | list[float] | None, vocab_size: int) 
         )
         checked[int(key)] = bias
     return tuple(sorted(checked.items()))
-
-
-_CHAT_REFUSALS = {
-    "functions": "`functions` is not supported yet; leave it out",
-    "function_call": "`function_call` is not supported yet; leave it out",
-    "audio": "`audio` is not supported; leave it out",
-    "web_search_options": "`web_search_options` is not supported; leave it out",
-    "chat_template": "`chat_template` is not accepted from requests: templates come with the model",
-}
-_COMMON_REFUSALS = ("guided_json", "guided_regex", "structured_outputs")
-
-
-def _refuse_common_fields(body: SamplingFields) -> None:
-    for name in _COMMON_REFUSALS:
-        if is_given(getattr(body, name)):
-            raise NotSupportedError(f"`{name}` is not supported yet; leave it out", field=name)
-
-
-def _refuse_chat_fields(body: ChatRequest) -> None:
-    _refuse_common_fields(body)
-    given = {
-        "functions": bool(body.functions),
-        "function_call": is_given(body.function_call),
-        "audio": is_given(body.audio),
-        "web_search_options": is_given(body.web_search_options),
-        "chat_template": body.chat_template is not None,
-    }
-    for name, text in _CHAT_REFUSALS.items():
-        if given[name]:
-            raise NotSupportedError(text, field=name)
-    if body.tools:
-        raise NotSupportedError("`tools` is not supported yet; leave it out", field="tools")
-    if is_given(body.tool_choice) and bytes(body.tool_choice) not in (b'"none"', b'"auto"'):
-        raise NotSupportedError('`tool_choice` other than "none" or "auto" is not supported yet', field="tool_choice")
-    if body.modalities and body.modalities != ["text"]:
-        raise NotSupportedError('`modalities` other than ["text"] is not supported', field="modalities")
-    if is_given(body.response_format) and not _is_text_format(bytes(body.response_format)):
-        raise NotSupportedError(
-            '`response_format` other than {"type": "text"} is not supported yet; leave it out', field="response_format"
-        )
-
-
-def _is_text_format(raw: bytes) -> bool:
-    return raw.replace(b" ", b"").replace(b"\n", b"") == b'{"type":"text"}'
 
 
 # --- shared -------------------------------------------------------------------------------------------------------

@@ -154,6 +154,10 @@ class ChatTemplate:
         """Returns the text of a template, None when there is none of that name."""
         return self._templates.get(name)
 
+    def speaks_of(self, word: str) -> bool:
+        """Whether the word stands in one of the templates, for example the name of a role."""
+        return any(word in text for text in self._templates.values())
+
     async def start(self) -> None:
         """Start every worker, so that no request waits for one. Raises TemplateError: a template does not compile."""
         missing = self._num_workers - len(self._all_workers)
