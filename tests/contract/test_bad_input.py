@@ -358,19 +358,49 @@ class TestOrderOfTgi:
     """The first fault in TGI's order is the one reported, with TGI's text."""
 
     ORDER = (
-        ({"best_of": 3}, "`best_of` must be > 0 and <= 2. Given: 3"),
-        ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
-        ({"temperature": 0.0}, "`temperature` must be strictly positive"),
-        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be strictly positive"),
-        ({"frequency_penalty": 2.1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
-        ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
-        ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and < 1.0"),
-        ({"top_k": 0}, "`top_k` must be strictly positive"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "`stop` supports up to 4 stop sequences. Given: 5"),
-        ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
-        ({"truncate": 0}, "`truncate` must be strictly positive and less than 63. Given: 0"),
-        ({"truncate": 64}, "`truncate` must be strictly positive and less than 63. Given: 64"),
+        ({"best_of": 3}, "`best_of` must be > 0 and <= 2. Given: 3; ask for less (--max-best-of)"),
+        (
+            {"best_of": 2},
+            "you must use sampling when `best_of` is > 1. Given: 2; set `do_sample` to true, or leave `best_of` out",
+        ),
+        (
+            {"temperature": 0.0},
+            "`temperature` must be strictly positive. Given: 0.0; leave it out for the likeliest token",
+        ),
+        (
+            {"repetition_penalty": 0.0},
+            "`repetition_penalty` must be strictly positive. Given: 0.0; leave it out to turn it off",
+        ),
+        (
+            {"frequency_penalty": 2.1},
+            "`frequency_penalty` must be >= -2.0 and <= 2.0. Given: 2.1; leave it out to turn it off",
+        ),
+        ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0. Given: 0.0; leave it out to turn it off"),
+        ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and < 1.0. Given: 0.0; leave it out to turn it off"),
+        ({"top_k": 0}, "`top_k` must be strictly positive. Given: 0; leave it out to turn it off"),
+        (
+            {"max_new_tokens": 0},
+            "`max_new_tokens` must be strictly positive. Given: 0; leave it out for all that the context holds",
+        ),
+        (
+            {"stop": ["a", "b", "c", "d", "e"]},
+            "`stop` supports up to 4 stop sequences. Given: 5; leave some out (--max-stop-sequences)",
+        ),
+        ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6; ask for less (--max-top-n-tokens)"),
+        (
+            {"truncate": 0},
+            (
+                "`truncate` must be strictly positive and less than 63. Given: 0; 63 is the most that is kept "
+                "(--max-input-tokens)"
+            ),
+        ),
+        (
+            {"truncate": 64},
+            (
+                "`truncate` must be strictly positive and less than 63. Given: 64; 63 is the most that is kept "
+                "(--max-input-tokens)"
+            ),
+        ),
     )
 
     @pytest.mark.parametrize(("parameters", "message"), ORDER)
@@ -393,7 +423,7 @@ class TestOrderOfTgi:
         assert "temperature" in answer.json["error"]
 
         answer = await build_house().post("/generate", {"inputs": "", "parameters": {"truncate": 0}})
-        assert answer.json["error"] == "Input validation error: `inputs` cannot be empty"
+        assert answer.json["error"] == "Input validation error: `inputs` cannot be empty; send a text"
 
     @pytest.mark.parametrize(
         ("parameters", "message"),
@@ -410,14 +440,18 @@ class TestOrderOfTgi:
         answer = await build_house().post("/generate_stream", {"inputs": "a", "parameters": parameters})
 
         assert answer.status == 422
-        assert answer.json["error"] == f"Input validation error: {message}"
+        assert answer.json["error"].startswith(f"Input validation error: {message}. Given: ")
+        assert answer.json["error"].endswith("; leave it out, or do not stream")
 
     async def test_a_server_with_one_sequence_says_so(self):
         house = build_house(settings={"max_best_of": 1})
 
         answer = await house.post("/generate", {"inputs": "a", "parameters": {"best_of": 2}})
 
-        assert answer.json["error"] == "Input validation error: `best_of` != 1 is not allowed for this endpoint"
+        assert answer.json["error"] == (
+            "Input validation error: `best_of` != 1 is not allowed for this endpoint. Given: 2; "
+            "ask for less (--max-best-of)"
+        )
 
     @pytest.mark.parametrize("value", [0.99, 1.0, 1])
     async def test_top_p_of_one_is_off(self, value: float):
@@ -432,5 +466,6 @@ class TestOrderOfTgi:
 
         assert answer.json["error"] == (
             "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 64. "
-            "Given: 65 `inputs` tokens and 7 `max_new_tokens`"
+            "Given: 65 `inputs` tokens and 7 `max_new_tokens`; `inputs` may have 63 (--max-input-tokens): shorten it, "
+            "or set `truncate`"
         )

@@ -255,7 +255,8 @@ async def test_a_prompt_that_fills_max_input_tokens_exactly_is_accepted():
     assert fits.status == 200
     assert too_long.status == 422
     assert too_long.json == {
-        "error": "Input validation error: `inputs` must have less than 5 tokens. Given: 6",
+        "error": "Input validation error: `inputs` must have less than 5 tokens. Given: 6; 5 is the most that is read "
+        "(--max-input-tokens): shorten it, or set `truncate`",
         "error_type": "validation",
     }
 

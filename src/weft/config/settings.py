@@ -172,7 +172,7 @@ class Settings:
         "Threads that tokenize prompts", is_tgi=True, minimum=1, maximum=256)
     disable_grammar_support: bool = _row(False, SWITCH, BOUNDS, "Refuse grammars and JSON schemas", is_tgi=True)
     enable_prefill_logprobs: bool = _row(False, SWITCH, BOUNDS,
-        "Let clients ask for the log-probabilities of prompt tokens", is_tgi=True)
+        "Read for compatibility: whoever asks for the log-probabilities of prompt tokens gets them", is_tgi=True)
     watermark_gamma: float = _row(0.5, NUMBER, BOUNDS,
         "Share of the vocabulary on the watermark's green list", is_tgi=True, minimum=0, maximum=1)
     watermark_delta: float = _row(2.0, NUMBER, BOUNDS, "What the watermark adds to a green token's logit", is_tgi=True)

@@ -29,7 +29,7 @@ from weft.errors import (
 )
 from weft.limits import LIMITS
 from weft.router.exchange import Exchange
-from weft.router.json_values import JsonValue
+from weft.router.json_values import JsonValue, shortened
 
 log = structlog.get_logger("weft.http")
 
@@ -227,11 +227,6 @@ def _number_at(path: str, body: bytes) -> str:
     except (msgspec.MsgspecError, UnicodeDecodeError, LookupError):
         return ""  # the body is broken behind the place that was looked at
     return shortened(text) if _NUMBER.fullmatch(text) else ""
-
-
-def shortened(number: str) -> str:
-    """A number for an error: nobody wants to read its thousandth digit."""
-    return number if len(number) <= _MAX_SHOWN_CHARS else f"{number[:16]}… ({len(number)} characters)"
 
 
 def _type_error(name: str, text: str) -> BadRequestError:

@@ -1,4 +1,4 @@
-"""JSON values without a fixed type, and the two ways in which numbers are shown."""
+"""JSON values without a fixed type, and the ways in which numbers are shown."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,9 @@ JsonValue = None | bool | int | float | str | Sequence["JsonValue"] | Mapping[st
 
 Anything = msgspec.Raw
 """A field that may hold any JSON value and is looked at later, if at all."""
+
+
+_MAX_SHOWN_DIGITS = 40
 
 
 def _absent() -> msgspec.Raw:
@@ -32,3 +35,8 @@ def shown_logprob(logprob: float) -> float | None:
 def logprob_bytes(logprob: float) -> bytes:
     """`shown_logprob` as JSON."""
     return b"%.9g" % logprob if math.isfinite(logprob) else b"null"
+
+
+def shortened(number: str) -> str:
+    """A number for an error: nobody wants to read its thousandth digit."""
+    return number if len(number) <= _MAX_SHOWN_DIGITS else f"{number[:16]}… ({len(number)} characters)"

@@ -24,7 +24,7 @@ from weft.core.request import (
 from weft.core.seeds import derive_seed
 from weft.errors import ContextLengthError, NotSupportedError, ValidationError
 from weft.limits import LIMITS
-from weft.router.json_values import is_given
+from weft.router.json_values import is_given, shortened
 from weft.router.openai_fields import check_chat_fields, refuse_unknown_masks
 from weft.router.schemas_native import GenerateParameters
 from weft.router.schemas_openai import ChatRequest, CompletionRequest, SamplingFields
@@ -96,50 +96,33 @@ def check_prompt_chars(text: str, model: ServedModel, field: str) -> None:
 
 
 def check_native(parameters: GenerateParameters | None, settings: Settings, *, is_stream: bool) -> Checked:
-    """Check TGI parameters in TGI's order. Raises ValidationError with TGI's text."""
+    """Check TGI parameters in TGI's order. Raises ValidationError: TGI's sentence, the value, and a way out."""
     if parameters is None:
         return Checked(sampling=SamplingParams(do_sample=True, seed=random_seed()))
     p = parameters
-    best_of = 1 if p.best_of is None else p.best_of
     if is_stream:
-        _require(best_of == 1, "best_of", "`best_of` != 1 is not supported when streaming tokens")
-        _require(
-            not p.decoder_input_details,
-            "decoder_input_details",
-            "`decoder_input_details` == true is not supported when streaming tokens",
-        )
-    best_of = max(best_of, 1)
+        _check_streamable(p)
+    best_of = max(p.best_of or 1, 1)
     if best_of > 1:
         _check_best_of(p, best_of, settings.max_best_of)
-    _require(p.temperature is None or p.temperature > 0, "temperature", "`temperature` must be strictly positive")
-    _require(
-        p.repetition_penalty is None or p.repetition_penalty > 0,
-        "repetition_penalty",
-        "`repetition_penalty` must be strictly positive",
-    )
-    _require(
-        p.frequency_penalty is None or -2 <= p.frequency_penalty <= 2,
-        "frequency_penalty",
-        "`frequency_penalty` must be >= -2.0 and <= 2.0",
-    )
-    _require(p.top_p is None or 0 < p.top_p <= 1, "top_p", "`top_p` must be > 0.0 and < 1.0")
-    _require(p.typical_p is None or 0 < p.typical_p <= 1, "typical_p", "`typical_p` must be > 0.0 and < 1.0")
-    _require(p.top_k is None or p.top_k > 0, "top_k", "`top_k` must be strictly positive")
-    _require(p.max_new_tokens != 0, "max_new_tokens", "`max_new_tokens` must be strictly positive")
+    _check_native_ranges(p)
     stop_strings = check_stop_strings(p.stop, settings.max_stop_sequences)
-    _require(
-        p.seed is None or 0 <= p.seed <= MAX_SEED, "seed", f"`seed` must be >= 0 and <= {MAX_SEED}. Given: {p.seed}"
+    _demand(
+        p.seed is None or 0 <= p.seed <= MAX_SEED,
+        "seed",
+        f"`seed` must be >= 0 and <= {MAX_SEED}",
+        p.seed,
+        "leave it out for a random one",
     )
     top_n = p.top_n_tokens or 0
-    _require(
+    _demand(
         top_n <= settings.max_top_n_tokens,
         "top_n_tokens",
-        f"`top_n_tokens` must be >= 0 and <= {settings.max_top_n_tokens}. Given: {top_n}",
+        f"`top_n_tokens` must be >= 0 and <= {settings.max_top_n_tokens}",
+        top_n,
+        "ask for less (--max-top-n-tokens)",
     )
-    if is_given(p.grammar):
-        raise NotSupportedError("`grammar` is not supported yet; leave it out", field="grammar")
-    if p.adapter_id:
-        raise NotSupportedError("`adapter_id` is not supported yet; leave it out", field="adapter_id")
+    _refuse_native_fields(p, settings)
     sampling = SamplingParams(
         do_sample=bool(p.do_sample),
         seed=random_seed() if p.seed is None else p.seed,
@@ -158,9 +141,69 @@ def check_native(parameters: GenerateParameters | None, settings: Settings, *, i
     return Checked(sampling=sampling, stop_strings=stop_strings, num_sequences=best_of, max_new_tokens=p.max_new_tokens)
 
 
+def _check_streamable(p: GenerateParameters) -> None:
+    _demand(
+        p.best_of in (None, 1),
+        "best_of",
+        "`best_of` != 1 is not supported when streaming tokens",
+        p.best_of,
+        "leave it out, or do not stream",
+    )
+    _demand(
+        not p.decoder_input_details,
+        "decoder_input_details",
+        "`decoder_input_details` == true is not supported when streaming tokens",
+        p.decoder_input_details,
+        "leave it out, or do not stream",
+    )
+
+
+def _check_best_of(p: GenerateParameters, best_of: int, max_best_of: int) -> None:
+    if max_best_of == 1:
+        rule = "`best_of` != 1 is not allowed for this endpoint"
+    else:
+        rule = f"`best_of` must be > 0 and <= {max_best_of}"
+    _demand(best_of <= max_best_of, "best_of", rule, best_of, "ask for less (--max-best-of)")
+    warpers = (p.temperature, p.top_k, p.top_p, p.typical_p)
+    is_sampling = p.do_sample or any(warper is not None for warper in warpers)
+    rule = "you must use sampling when `best_of` is > 1"
+    _demand(bool(is_sampling), "best_of", rule, best_of, "set `do_sample` to true, or leave `best_of` out")
+
+
+def _check_native_ranges(p: GenerateParameters) -> None:
+    """What does not depend on the server. TGI's sentences about `*_p` leave out 1.0, which is off and accepted here."""
+    is_positive, off = "strictly positive", "leave it out to turn it off"
+    checks = (
+        (
+            "temperature",
+            p.temperature is None or p.temperature > 0,
+            is_positive,
+            "leave it out for the likeliest token",
+        ),
+        ("repetition_penalty", p.repetition_penalty is None or p.repetition_penalty > 0, is_positive, off),
+        ("frequency_penalty", p.frequency_penalty is None or -2 <= p.frequency_penalty <= 2, ">= -2.0 and <= 2.0", off),
+        ("top_p", p.top_p is None or 0 < p.top_p <= 1, "> 0.0 and < 1.0", off),
+        ("typical_p", p.typical_p is None or 0 < p.typical_p <= 1, "> 0.0 and < 1.0", off),
+        ("top_k", p.top_k is None or p.top_k > 0, is_positive, off),
+        ("max_new_tokens", p.max_new_tokens != 0, is_positive, "leave it out for all that the context holds"),
+    )
+    for name, is_fine, allowed, remedy in checks:
+        _demand(is_fine, name, f"`{name}` must be {allowed}", getattr(p, name), remedy)
+
+
+def _refuse_native_fields(p: GenerateParameters, settings: Settings) -> None:
+    if is_given(p.grammar):
+        text = "`grammar` is not supported yet; leave it out"
+        if settings.disable_grammar_support:
+            text = "grammar is not supported here (--disable-grammar-support); leave `grammar` out"
+        raise NotSupportedError(text, field="grammar")
+    if p.adapter_id:
+        raise NotSupportedError("`adapter_id` is not supported yet; leave it out", field="adapter_id")
+
+
 def check_inputs(inputs: str, parameters: GenerateParameters | None, model: ServedModel) -> None:
     """Check the prompt itself and `truncate`, as TGI does after the parameters."""
-    _require(bool(inputs), "inputs", "`inputs` cannot be empty")
+    _require(bool(inputs), "inputs", "`inputs` cannot be empty; send a text")
     check_truncate(parameters, model)
     if parameters is None or parameters.truncate is None:
         check_prompt_chars(inputs, model, "inputs")
@@ -169,10 +212,13 @@ def check_inputs(inputs: str, parameters: GenerateParameters | None, model: Serv
 def check_truncate(parameters: GenerateParameters | None, model: ServedModel) -> None:
     """Raises ValidationError."""
     truncate = None if parameters is None else parameters.truncate
-    _require(
-        truncate is None or 1 <= truncate <= model.max_input_tokens,
+    most = model.max_input_tokens
+    _demand(
+        truncate is None or 1 <= truncate <= most,
         "truncate",
-        f"`truncate` must be strictly positive and less than {model.max_input_tokens}. Given: {truncate}",
+        f"`truncate` must be strictly positive and less than {most}",
+        truncate,
+        f"{most} is the most that is kept (--max-input-tokens)",
     )
 
 
@@ -190,27 +236,24 @@ def truncated(tokens: list[_Token], truncate: int | None, *, keeps_first: bool) 
 
 def fit_native(num_prompt_tokens: int, max_new_tokens: int | None, model: ServedModel) -> int:
     """Completion tokens that fit: what was asked for, clamped to the context. Raises ContextLengthError."""
+    _require(num_prompt_tokens > 0, "inputs", "`inputs` must give at least one token. Given: none; send another text")
+    most = model.max_input_tokens
+    remedy = "shorten it, or set `truncate`"
     room = model.max_total_tokens - num_prompt_tokens
     if max_new_tokens is not None and room < 1:
         raise ContextLengthError(
             f"`inputs` tokens + `max_new_tokens` must be <= {model.max_total_tokens}. Given: {num_prompt_tokens} "
-            f"`inputs` tokens and {max_new_tokens} `max_new_tokens`",
+            f"`inputs` tokens and {max_new_tokens} `max_new_tokens`; `inputs` may have {most} (--max-input-tokens): "
+            f"{remedy}",
             field="inputs",
         )
-    if num_prompt_tokens > model.max_input_tokens or room < 1:
+    if num_prompt_tokens > most or room < 1:
         raise ContextLengthError(
-            f"`inputs` must have less than {model.max_input_tokens} tokens. Given: {num_prompt_tokens}", field="inputs"
+            f"`inputs` must have less than {most} tokens. Given: {num_prompt_tokens}; {most} is the most that is read "
+            f"(--max-input-tokens): {remedy}",
+            field="inputs",
         )
     return room if max_new_tokens is None else min(max_new_tokens, room)
-
-
-def _check_best_of(parameters: GenerateParameters, best_of: int, max_best_of: int) -> None:
-    if max_best_of == 1:
-        raise ValidationError("`best_of` != 1 is not allowed for this endpoint", field="best_of")
-    _require(best_of <= max_best_of, "best_of", f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")
-    warpers = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.typical_p)
-    is_sampling = parameters.do_sample or any(warper is not None for warper in warpers)
-    _require(bool(is_sampling), "best_of", "you must use sampling when `best_of` is > 1")
 
 
 # --- /v1 ----------------------------------------------------------------------------------------------------------
@@ -372,7 +415,8 @@ def check_stop_strings(stop: Sequence[str] | None, max_stop_sequences: int) -> t
     _require(
         len(stops) <= max_stop_sequences,
         "stop",
-        f"`stop` supports up to {max_stop_sequences} stop sequences. Given: {len(stops)}",
+        f"`stop` supports up to {max_stop_sequences} stop sequences. Given: {len(stops)}; leave some out "
+        "(--max-stop-sequences)",
     )
     for text in stops:
         _require(bool(text), "stop", "`stop` must not hold an empty text; leave it out")
@@ -387,6 +431,13 @@ def check_stop_strings(stop: Sequence[str] | None, max_stop_sequences: int) -> t
 def _require(condition: bool, field: str, text: str) -> None:  # noqa: FBT001 - reads as the check it is
     if not condition:
         raise ValidationError(text, field=field)
+
+
+def _demand(is_fine: bool, field: str, rule: str, value: float | None, remedy: str) -> None:  # noqa: FBT001 - as above
+    """Raises ValidationError with TGI's sentence, then the value and what to do."""
+    if not is_fine:
+        shown = str(value).lower() if isinstance(value, bool) else shortened(str(value))
+        raise ValidationError(f"{rule}. Given: {shown}; {remedy}", field=field)
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
