@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from tests.contract.house import BOS, EOS, Answer, House, Script, build_house, ids_of, say
+from tests.contract.house import BOS, EOS, Answer, House, Script, build_house, ids_of, say, text_of
 
 from weft.errors import GenerationError, IncompleteGenerationError, NotReadyError, OverloadedError
 from weft.router.lifecycle import ServerState
@@ -484,6 +484,50 @@ async def test_finish_reasons(script: Any, limit: int, reason: str, num_tokens: 
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("path", [WHOLE, STREAM])
+async def test_a_text_that_ends_inside_a_character_shows_what_there_is(path: str):
+    """TGI's text is then empty."""
+    house = build_house(say("aé"))
+
+    answer = await house.post(path, {"inputs": "a", "parameters": {"max_new_tokens": 2, "details": True}})
+
+    last = answer.json if path == WHOLE else answer.events[-1]
+    assert last["generated_text"] == "a\ufffd"
+    assert last["details"]["finish_reason"] == "length"
+
+
+async def test_special_tokens_are_counted_and_not_written():
+    """Wherever they stand, not at the end alone."""
+    script = Script(token_ids=[*ids_of("a", eos=False), BOS, *ids_of("b")])
+    house = build_house(lambda _: script)
+
+    whole = await house.post(WHOLE, {"inputs": "a", "parameters": {"details": True}})
+    stream = await house.post(STREAM, {"inputs": "a"})
+
+    assert whole.json["generated_text"] == stream.events[-1]["generated_text"] == "ab"
+    assert whole.json["details"]["generated_tokens"] == 4
+    assert whole.json["details"]["tokens"][1] == {"id": BOS, "text": "<s>", "logprob": -0.5, "special": True}
+    assert [event["token"]["special"] for event in stream.events] == [False, True, False, True]
+
+
+async def test_an_image_in_a_prompt_for_a_text_model_is_text():
+    house = build_house()
+
+    await house.post(WHOLE, {"inputs": "![](http://127.0.0.1/a.png)"})
+
+    assert text_of(house.backend.requests[0].prompt_token_ids) == "![](http://127.0.0.1/a.png)"
+
+
+async def test_a_prompt_without_tokens_is_refused():
+    house = build_house()
+    house.context.model.tokenizer.encode_async = lambda *_, **__: asyncio.sleep(0, result=[])
+
+    answer = await house.post(WHOLE, {"inputs": " "})
+
+    assert answer.status == 422
+    assert "`inputs` must give at least one token" in answer.json["error"]
+
+
 STOPS = [("/test", None), ("/test;", "/test;"), ("/test; ", "/test;"), ("a/test;b", "a/test;")]
 
 
@@ -584,6 +628,31 @@ async def test_tokenize_reads_a_generate_body():
     assert plain.json[-1] == {"id": ids_of("y")[0], "text": "y", "start": 3, "stop": 4}
     # TGI ignores it.
     assert [token["text"] for token in cut.json] == ["", "e", "f"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f", "parameters": {}}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("chat_template", "{{ messages }}"),
+    ],
+)
+async def test_chat_tokenize_refuses_what_would_change_the_prompt(field: str, value: object):
+    """TGI writes tools into the prompt; a prompt without them would be a wrong answer."""
+    answer = await build_house().post("/chat_tokenize", CHAT | {field: value})
+
+    assert (answer.status, answer.json["error_type"]) == (422, "validation")
+    assert f"`{field}`" in answer.json["error"]
+
+
+async def test_chat_tokenize_shows_tokens_and_their_places():
+    answer = await build_house().post("/chat_tokenize", {"messages": [{"role": "user", "content": "é"}]})
+
+    assert list(answer.json) == ["tokenize_response", "templated_text"]
+    assert answer.json["templated_text"] == "[user]é[assistant]"
+    assert answer.json["tokenize_response"][7] == {"id": "é".encode()[1] + 2, "text": "é", "start": 6, "stop": 8}
 
 
 async def test_info_has_tgis_fields():

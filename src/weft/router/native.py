@@ -18,6 +18,7 @@ from weft.router.error_replies import native_end_frames
 from weft.router.exchange import Exchange, RawHeaders
 from weft.router.generation import Generation, timing_headers
 from weft.router.json_values import logprob_bytes, shown_logprob
+from weft.router.openai_fields import check_chat_fields
 from weft.router.request_origin import origin_of
 from weft.router.schemas_native import (
     BestOfSequence,
@@ -125,6 +126,7 @@ async def chat_tokenize(context: RouterContext, exchange: Exchange) -> None:
     """POST /chat_tokenize."""
     body = decode(exchange.body, ChatRequest)
     model = context.require_model()
+    check_chat_fields(body)
     text = await render_chat(body, model)
     tokens = await _tokens_of(text, model, "messages", add_special_tokens=False)
     await exchange.reply(200, encode_json(ChatTokenizeResponse(tokenize_response=tokens, templated_text=text)))
