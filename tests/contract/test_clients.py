@@ -214,6 +214,14 @@ class TestAnthropic:
         message = client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES)
         assert count.input_tokens == message.usage.input_tokens + message.usage.cache_read_input_tokens
 
+    def test_models(self, client: anthropic.Anthropic):
+        [model] = list(client.models.list(limit=1))
+
+        assert (model.type, model.lifecycle, model.created_at.year) == ("model", "active", 2023)
+        assert client.models.retrieve(model.id) == model
+        with pytest.raises(anthropic.NotFoundError):
+            client.models.retrieve("nobody")
+
     def test_a_bearer_token_is_a_key_too(self, live: Live):
         with anthropic.Anthropic(base_url=live.url, auth_token=KEY, max_retries=0) as client:
             assert client.messages.create(model="tgi", max_tokens=99, messages=MESSAGES).role == "assistant"

@@ -93,6 +93,8 @@ async def test_facts_are_as_described(path: str):
 
     answer_schema = spec["paths"][described]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     jsonschema.validate((await build_house().get(path)).json, schema_for(spec, answer_schema))
+    to_anthropic = await build_house().get(path, {"anthropic-version": "2023-06-01"})
+    jsonschema.validate(to_anthropic.json, schema_for(spec, answer_schema))
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/docs.css", "/docs/docs.js"])

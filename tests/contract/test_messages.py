@@ -1,10 +1,10 @@
 """`/v1/messages` as Anthropic's API: objects, named events, stop reasons, errors."""
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from tests.contract.house import Answer, build_house, say, text_of
+from tests.contract.house import MODEL_ID, Answer, build_house, say, text_of
 
 from weft.errors import GenerationError, RequestError
 
@@ -253,3 +253,73 @@ class TestErrors:
         answer = await build_house(say("hello", fail_after=0)).post(PATH, body(stream=True))
 
         assert (answer.status, answer.json["error"]["type"]) == (503, "overloaded_error")
+
+
+class TestModels:
+    HEADERS: ClassVar = {"anthropic-version": "2023-06-01"}
+
+    async def test_they_are_listed_in_anthropics_form_to_its_clients(self):
+        house = build_house(settings={"served_model_name": (MODEL_ID, "second")})
+
+        answer = await house.get("/v1/models", self.HEADERS)
+
+        first, second = answer.json["data"]
+        assert first == {
+            "type": "model",
+            "id": MODEL_ID,
+            "display_name": MODEL_ID,
+            "created_at": "2023-11-14T22:13:20Z",
+            "lifecycle": "active",
+            "max_input_tokens": 63,
+            "max_tokens": 63,
+        }
+        assert second["id"] == "second"
+        assert {name: answer.json[name] for name in ("has_more", "first_id", "last_id")} == {
+            "has_more": False,
+            "first_id": MODEL_ID,
+            "last_id": "second",
+        }
+        assert (await house.get(f"/v1/models/{MODEL_ID}", self.HEADERS)).json == first
+        assert (await house.get("/v1/models")).json["object"] == "list"
+
+    @pytest.mark.parametrize(
+        ("query", "names", "has_more"),
+        [
+            ("limit=1", ["a"], True),
+            ("limit=1&after_id=a", ["b"], True),
+            ("after_id=b", ["c"], False),
+            ("after_id=c", [], False),
+            ("before_id=c", ["a", "b"], False),
+            ("before_id=c&limit=1", ["b"], True),
+        ],
+    )
+    async def test_they_come_in_pages(self, query: str, names: list[str], has_more: bool):
+        house = build_house(settings={"served_model_name": ("a", "b", "c")})
+
+        page = (await house.get(f"/v1/models?{query}", self.HEADERS)).json
+
+        shown = [model["id"] for model in page["data"]]
+        assert (shown, page["has_more"]) == (names, has_more)
+        assert (page["first_id"], page["last_id"]) == ((names[0], names[-1]) if names else (None, None))
+
+    @pytest.mark.parametrize(
+        ("path", "status", "kind"),
+        [
+            ("/v1/models/nobody", 404, "not_found_error"),
+            ("/v1/models?limit=0", 400, "invalid_request_error"),
+            ("/v1/models?limit=x", 400, "invalid_request_error"),
+            ("/v1/models?after_id=nobody", 400, "invalid_request_error"),
+            (f"/v1/models?after_id={MODEL_ID}&before_id={MODEL_ID}", 400, "invalid_request_error"),
+            ("/v1/files", 404, "not_found_error"),
+        ],
+    )
+    async def test_errors_are_in_anthropics_form_to_its_clients(self, path: str, status: int, kind: str):
+        answer = await build_house().get(path, self.HEADERS)
+
+        assert answer.status == status
+        assert (answer.json["type"], answer.json["error"]["type"]) == ("error", kind)
+
+    async def test_a_missing_key_is_said_in_anthropics_form_too(self):
+        answer = await build_house(settings={"api_key": "secret"}).get("/v1/models", self.HEADERS)
+
+        assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")

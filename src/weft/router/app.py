@@ -22,16 +22,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft.config import Settings
 from weft.core.request import FinishReason
 from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
-from weft.router import anthropic, cloud, embeddings, health, native, openai, openapi, responses
+from weft.router import anthropic, cloud, embeddings, health, models, native, openai, openapi, responses
 from weft.router.body import read_body, require_json
 from weft.router.context import RouterContext
-from weft.router.error_replies import body_of, dialect_of, headers_of, status_of
+from weft.router.error_replies import body_of, dialect_for, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
 from weft.router.request_trace import end_span, start_span
 from weft.router.routes import Access, Route, RouteTable
 from weft.router.schemas_anthropic import (
     AnthropicAnswer,
+    AnthropicModel,
+    AnthropicModelList,
+    AnthropicModelsQuery,
     CountTokensRequest,
     MessagesRequest,
     MessageStreamEvent,
@@ -154,12 +157,13 @@ ROUTES: tuple[Route, ...] = (
         example={"input": "What is deep learning?"},
     ),
     Route(
-        method="GET", path="/v1/models", handler=openai.models, access=Access.USER,
-        summary="Names of the model served", tag="OpenAI", answer=ModelList,
+        method="GET", path="/v1/models", handler=models.list_models, access=Access.USER,
+        summary="Names of the model served; in Anthropic's form to clients that send `anthropic-version`",
+        tag="OpenAI", query=AnthropicModelsQuery, answer=(ModelList, AnthropicModelList),
     ),
     Route(
-        method="GET", path="/v1/models/{model_id:path}", handler=openai.model_by_id, access=Access.USER,
-        summary="One name of the model served", tag="OpenAI", answer=Model,
+        method="GET", path="/v1/models/{model_id:path}", handler=models.model_by_id, access=Access.USER,
+        summary="One name of the model served", tag="OpenAI", answer=(Model, AnthropicModel),
     ),
     Route(
         method="POST", path="/generate", handler=native.generate, access=Access.USER,
@@ -382,7 +386,7 @@ class Dispatch:
         if exchange.is_answering:
             exchange.abort_connection()
             return
-        dialect = dialect_of(exchange.speaks_like or exchange.scope["path"])
+        dialect = dialect_for(exchange)
         body = body_of(error, dialect, self._context.lifecycle.progress, exchange.request_id)
         headers = headers_of(error)
         if exchange.stage in ("headers", "body"):

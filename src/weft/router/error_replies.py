@@ -18,7 +18,7 @@ from weft.errors import (
     UnauthorizedError,
     ValidationError,
 )
-from weft.router.exchange import RawHeaders
+from weft.router.exchange import Exchange, RawHeaders
 from weft.router.lifecycle import Progress
 from weft.router.schemas_anthropic import AnthropicError, AnthropicErrorBody
 from weft.router.schemas_native import ErrorResponse, NotReadyResponse
@@ -63,6 +63,17 @@ def dialect_of(path: str) -> Dialect:
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return Dialect.ANTHROPIC
     return Dialect.OPENAI if path == "/v1" or path.startswith("/v1/") else Dialect.NATIVE
+
+
+def speaks_anthropic(exchange: Exchange) -> bool:
+    """Whether a client of Anthropic asks; its paths are in part those of OpenAI."""
+    return exchange.header(b"anthropic-version") is not None
+
+
+def dialect_for(exchange: Exchange) -> Dialect:
+    """The dialect in which an exchange's errors are said."""
+    dialect = dialect_of(exchange.speaks_like or exchange.scope["path"])
+    return Dialect.ANTHROPIC if dialect is Dialect.OPENAI and speaks_anthropic(exchange) else dialect
 
 
 def status_of(error: RequestError, dialect: Dialect) -> int:

@@ -1,4 +1,4 @@
-"""OpenAI's routes: /v1/chat/completions /v1/completions /v1/models /v1/models/{id}.
+"""OpenAI's routes: /v1/chat/completions /v1/completions.
 
 Source: OpenAI API reference; ranges in `validate.py`, conversations in `chat_prompt.py`
 """
@@ -16,7 +16,7 @@ from weft.router.conversation import compute_headers, counted, encode, prepare
 from weft.router.error_replies import openai_end_frames
 from weft.router.exchange import Exchange, RawHeaders
 from weft.router.generation import Generation, timing_headers
-from weft.router.model_names import answer_head, is_served, shown_names, unknown_model
+from weft.router.model_names import answer_head
 from weft.router.openai_fields import ONLY_TIER
 from weft.router.request_origin import origin_of
 from weft.router.schemas_openai import (
@@ -24,8 +24,6 @@ from weft.router.schemas_openai import (
     ChatRequest,
     Completion,
     CompletionRequest,
-    Model,
-    ModelList,
     SamplingFields,
     Usage,
 )
@@ -144,23 +142,6 @@ async def completions(context: RouterContext, exchange: Exchange) -> None:
     await _run(context, exchange, job, whole, is_stream=bool(body.stream))
 
 
-async def models(context: RouterContext, exchange: Exchange) -> None:
-    """GET /v1/models."""
-    model = context.known_model()
-    await exchange.reply(
-        200, encode_json(ModelList(data=[_model(name, context, model) for name in shown_names(context)]))
-    )
-
-
-async def model_by_id(context: RouterContext, exchange: Exchange) -> None:
-    """GET /v1/models/{id}; an id may hold slashes."""
-    model = context.known_model()
-    name = exchange.path_params["model_id"]
-    if not is_served(name, context):
-        raise unknown_model(name, context)
-    await exchange.reply(200, encode_json(_model(name, context, model)))
-
-
 # --- from the body to requests ------------------------------------------------------------------------------------
 
 
@@ -201,16 +182,6 @@ async def _prompt_ids(prompt: str | list[int], exchange: Exchange, model: Served
 
 def _echo_text(prompt: str | list[int], model: ServedModel) -> str:
     return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt, skip_special_tokens=False)
-
-
-def _model(name: str, context: RouterContext, model: ServedModel) -> Model:
-    return Model(
-        id=name,
-        created=model.created_s,
-        owned_by=context.settings.shown_model_name,
-        root=context.settings.shown_model_name,
-        max_model_len=model.max_total_tokens,
-    )
 
 
 def _wants_usage(body: SamplingFields) -> bool:

@@ -11,7 +11,7 @@ from weft.router.exchange import Exchange
 from weft.router.json_values import JsonValue
 from weft.router.pages import static_file
 from weft.router.routes import Access, Route
-from weft.router.schemas_anthropic import AnthropicError
+from weft.router.schemas_anthropic import AnthropicError, AnthropicModel, AnthropicModelList
 from weft.router.schemas_native import ErrorResponse, NotReadyResponse
 from weft.router.schemas_openai import OpenAIError
 
@@ -45,6 +45,8 @@ _ERROR_TYPES = {
     Dialect.OPENAI: OpenAIError,
     Dialect.ANTHROPIC: AnthropicError,
 }
+_ANTHROPIC_FORMS = frozenset({AnthropicModel, AnthropicModelList})
+"""Answers of routes that OpenAI and Anthropic both have; errors come in the form of whoever asks."""
 _NATIVE_ONLY = frozenset({422, 424})
 _ON_ALL_ROUTES = frozenset({401, 503})
 _ON_THINGS = frozenset({400, 404, 500})
@@ -152,7 +154,7 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
     dialect = dialect_of(route.path)
     error_schema = _any_of(_error_types(route), schema_of)
     expected = _ON_ALL_ROUTES if route.body is None else frozenset(status for status, _ in _ERRORS)
-    if route.body is None and "{" in route.path:
+    if route.body is None and ("{" in route.path or route.query is not None):
         expected |= _ON_THINGS
     for status, text in _ERRORS:
         if status not in expected or (dialect is not Dialect.NATIVE and status in _NATIVE_ONLY):
@@ -164,6 +166,8 @@ def _responses(route: Route, schema_of: dict[str, JsonObject]) -> JsonObject:
 def _error_types(route: Route) -> tuple[object, ...]:
     """How a route says errors: one that reads bodies of several dialects answers in the body's."""
     own = _ERROR_TYPES[dialect_of(route.path)]
+    if not _ANTHROPIC_FORMS.isdisjoint(_alternatives(route.answer)):
+        return (own, AnthropicError)
     return (ErrorResponse, OpenAIError) if isinstance(route.body, tuple) else (own,)
 
 

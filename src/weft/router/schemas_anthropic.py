@@ -138,6 +138,34 @@ class TokensCount(Struct, kw_only=True):
     input_tokens: int
 
 
+class AnthropicModel(Struct, kw_only=True, tag_field="type", tag="model"):
+    """One name of the served model."""
+
+    id: str
+    display_name: str
+    created_at: Annotated[str, Meta(description="When it became ready, RFC 3339")]
+    lifecycle: str = "active"
+    max_input_tokens: int
+    max_tokens: int
+
+
+class AnthropicModelList(Struct, kw_only=True):
+    """Answer of /v1/models to clients of Anthropic."""
+
+    data: list[AnthropicModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class AnthropicModelsQuery(Struct, kw_only=True):
+    """Query of GET /v1/models; for clients of Anthropic only."""
+
+    after_id: Annotated[str | None, Meta(description="Id of the model before the first one wanted")] = None
+    before_id: Annotated[str | None, Meta(description="Id of the model behind the last one wanted")] = None
+    limit: Annotated[int | None, Meta(description="1 to 1000; absent = 20")] = None
+
+
 class AnthropicErrorBody(Struct, kw_only=True):
     """What went wrong."""
 
