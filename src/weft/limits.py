@@ -62,6 +62,7 @@ class Limits:
     max_gguf_array_length: int = 16_000_000
 
     # Telemetry.
+    max_recording_queue_lines: int = 256
     max_label_values: int = 512
     max_trace_queue_spans: int = 4096
     max_trace_batch_spans: int = 512

@@ -28,6 +28,8 @@ from weft.router.context import RouterContext
 from weft.router.error_replies import body_of, dialect_for, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
+from weft.router.recording import system_fingerprint
+from weft.router.replay import ReplayAnswer, ReplayRequest, replay
 from weft.router.request_trace import end_span, start_span
 from weft.router.routes import Access, Route, RouteTable
 from weft.router.schemas_anthropic import (
@@ -91,6 +93,11 @@ _GENERATE_EXAMPLE: Mapping[str, JsonValue] = {"inputs": "What is deep learning?"
 _CHAT_EXAMPLE: Mapping[str, JsonValue] = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "max_tokens": 32,
+}
+_REPLAY_EXAMPLE: Mapping[str, JsonValue] = {
+    "prompt_token_ids": [57, 102, 86, 203, 119],
+    "sampling": {"temperature": 0.8, "seed": 7},
+    "stop": {"max_new_tokens": 8},
 }
 _INFER_EXAMPLE: Mapping[str, JsonValue] = {
     "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["What is deep learning?"]}],
@@ -189,6 +196,11 @@ ROUTES: tuple[Route, ...] = (
         method="POST", path="/chat_tokenize", handler=native.chat_tokenize, access=Access.USER,
         summary="Prompt and tokens of a conversation", tag="TGI", body=ChatRequest, answer=ChatTokenizeResponse,
         example=_CHAT_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/replay", handler=replay, access=Access.USER,
+        summary="Token ids in, token ids and every bit of their log-probabilities out: what `weft verify` asks",
+        tag="Operations", body=ReplayRequest, answer=ReplayAnswer, generates=True, example=_REPLAY_EXAMPLE,
     ),
     Route(
         method="GET", path="/info", handler=native.info, access=Access.USER,
@@ -304,7 +316,7 @@ def build_app(context: RouterContext) -> ASGIApp:
         allow_methods=("GET", "POST", "DELETE", "OPTIONS"),
         # Mirrors what the browser asks for: clients send Authorization and headers of their own.
         allow_headers=("*",),
-        expose_headers=("x-request-id", "request-id", "retry-after"),
+        expose_headers=("x-request-id", "request-id", "x-system-fingerprint", "retry-after"),
     )
     return Edge(cors, context.clock, context.metrics)
 
@@ -366,6 +378,8 @@ class Dispatch:
             await route.handler(self._context, exchange)
             return
         self._context.lifecycle.require_ready()
+        if route.generates and self._context.model is not None:
+            exchange.system_fingerprint = system_fingerprint(self._context.model.info, self._context.version)
         require_json(exchange)
         exchange.stage = "body"
         exchange.body = await read_body(exchange, self._context.settings.payload_limit)

@@ -10,6 +10,7 @@ from weft.router.admission import Admission
 from weft.router.backend import Backend, BackendProbe
 from weft.router.exchange import Exchange
 from weft.router.lifecycle import Lifecycle
+from weft.router.recording import Recorder
 from weft.router.served import ServedModel
 from weft.router.store import LiveResponse, ResponseStore
 from weft.router.stream import StreamWatch
@@ -42,6 +43,8 @@ class RouterContext:
     """Responses that are being generated here and can be asked for, by id."""
     responses: ResponseStore | None = field(init=False)
     """Where they are kept; None: nowhere."""
+    recorder: Recorder | None = None
+    """Where finished requests are written down; None: nowhere."""
     num_connections: Callable[[], int] = lambda: 0
     """Open HTTP connections, as the server counts them."""
 

@@ -82,6 +82,8 @@ class Exchange:
     error: RequestError | None = None
     span: OpenSpan | None = None
     """Where the request is traced; None without a collector."""
+    system_fingerprint: str = ""
+    """Header x-system-fingerprint of whatever generates; empty: none."""
     end_stream: Callable[[RequestError], Awaitable[None]] | None = None
     """Set while an event stream is open: how it says that it failed."""
     generates_later: bool = False
@@ -146,6 +148,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *id_headers]
+                if exchange.system_fingerprint:
+                    value = exchange.system_fingerprint.encode("latin-1")
+                    message["headers"].append((b"x-system-fingerprint", value))
             await send(message)
 
         exchange = Exchange(

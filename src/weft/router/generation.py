@@ -7,14 +7,17 @@ choice or thirty. Leaving the loop, by any way, ends what still runs.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from weft.core.request import Request
+from weft.core.events import TokenEvent
+from weft.core.request import FinishReason, Request
 from weft.errors import IncompleteGenerationError, RequestError
 from weft.router.backend import Backend, TokenBatch
 from weft.router.context import RouterContext
 from weft.router.exchange import Exchange, RawHeaders
+from weft.router.recording import request_line, system_fingerprint
 from weft.router.request_trace import note_requests
 from weft.router.sequence_text import SequenceText
 
@@ -33,6 +36,7 @@ class Generation:
         self._requests = requests
         self.sequences = sequences
         self._last_token_ns = [0] * len(requests)
+        self._recorded: list[list[TokenEvent]] | None = None if context.recorder is None else [[] for _ in requests]
         self._places = ExitStack()
         metrics = context.metrics
         self._first_token_seconds = metrics.histogram("weft_time_to_first_token_seconds")
@@ -62,6 +66,7 @@ class Generation:
         for sequence in self.sequences:
             if sequence.finish_reason is not None:
                 self._finished.add(1, sequence.finish_reason)
+                self._record(sequence, sequence.finish_reason)
         exchange.finish_reason = self.sequences[0].finish_reason or ""
         self._context.admission.observe_duration((timings.finished_ns - timings.queued_ns) / 1e9)
 
@@ -87,7 +92,26 @@ class Generation:
         prompt = self._requests[index].prompt_token_ids
         return index == 0 or self._requests[index - 1].prompt_token_ids is not prompt
 
+    def _record(self, sequence: SequenceText, reason: FinishReason) -> None:
+        """Hand a finished sequence to the recorder, without the tokens behind its stop string."""
+        recorder, model = self._context.recorder, self._context.model
+        if recorder is None or self._recorded is None or model is None:
+            return
+        recorder.put(
+            partial(
+                request_line,
+                self._requests[sequence.index],
+                self._recorded[sequence.index][: sequence.num_tokens],
+                reason,
+                request_id=self._exchange.request_id,
+                index=sequence.index,
+                fingerprint=system_fingerprint(model.info, self._context.version),
+            )
+        )
+
     def _account(self, index: int, batch: TokenBatch) -> None:
+        if self._recorded is not None:
+            self._recorded[index] += batch
         now_ns = self._context.clock.now_ns()
         last_ns, self._last_token_ns[index] = self._last_token_ns[index], now_ns
         if last_ns:

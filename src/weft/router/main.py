@@ -37,6 +37,7 @@ from weft.router.context import RouterContext
 from weft.router.engine_metrics import EngineMetrics
 from weft.router.lifecycle import Progress, ServerState
 from weft.router.protocol import HttpServer, LimitedHttpProtocol
+from weft.router.recording import Recorder, server_line
 from weft.router.served import served_model
 from weft.telemetry import logging as weft_logging
 from weft.telemetry.metrics import Registry
@@ -134,9 +135,15 @@ class RouterProcess:
             on_delivery=self._engine_metrics.note_delivery,
             on_connection=self._on_connection,
         )
+        recorder = Recorder.from_settings(self._settings, metrics)
         tracing = open_tracing(self._settings, "router", weft.__version__, clock)
         self._context = RouterContext(
-            settings=self._settings, backend=self._backend, clock=clock, metrics=metrics, tracing=tracing
+            settings=self._settings,
+            backend=self._backend,
+            clock=clock,
+            metrics=metrics,
+            tracing=tracing,
+            recorder=recorder,
         )
         self._server = HttpServer(http_config(build_app(self._context)))
         self._context.num_connections = lambda: len(self._server.server_state.connections)
@@ -147,6 +154,8 @@ class RouterProcess:
         await self._end_streams()
         if self._context.responses is not None:
             await self._context.responses.close()
+        if recorder is not None:
+            await asyncio.to_thread(recorder.close)
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
         return self._exit_code
@@ -228,6 +237,8 @@ class RouterProcess:
         self._context.model = served_model(self._settings, info, assets)
         self._context.compute_type = self._compute_type or compute_type(info)
         self._engine_metrics.note_info(info)
+        if self._context.recorder is not None:
+            self._context.recorder.begin(server_line(self._settings, info, self._context.version))
         # What lives from here on lives long; the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -6,6 +6,7 @@ from weft.errors import ModelNotServedError
 from weft.router.choices import AnswerHead
 from weft.router.context import RouterContext
 from weft.router.exchange import new_request_id
+from weft.router.recording import system_fingerprint
 from weft.router.served import ServedModel
 
 PLACEHOLDER_NAMES = ("", "tgi", "dummy")
@@ -46,5 +47,5 @@ def answer_head(prefix: str, asked: str | None, context: RouterContext, model: S
         id=f"{prefix}{new_request_id()}",
         created=int(time.time()),
         model=answering_name(asked, context),
-        system_fingerprint=f"fp_{model.info.fingerprint[:12] or context.version}",
+        system_fingerprint=system_fingerprint(model.info, context.version),
     )

@@ -140,6 +140,7 @@ _OWN_METRICS: tuple[MetricSpec, ...] = (
     _counter(
         "weft_trace_spans", "Spans of the router: ended, delivered, failed; the rest waits or was dropped", "result"
     ),
+    _counter("weft_recorded_lines", "Lines of the recording: written, or dropped by a slow or full disk", "outcome"),
     # Facts.
     _gauge("weft_ready", "1 when generation requests are accepted"),
     _gauge("weft_build_info", "Always 1; the labels say what runs", "version", "model_id"),
