@@ -37,8 +37,9 @@ TGI_DEFAULTS = {
     "hostname": "0.0.0.0", "port": 3000, "prometheus_port": 9000, "shard_uds_path": "/tmp/text-generation-server",
     "master_addr": "localhost", "json_output": False, "otlp_endpoint": None, "max_client_batch_size": 4,
     "otlp_service_name": "text-generation-inference.router", "cors_allow_origin": (), "api_key": None,
-    "validation_workers": 2, "payload_limit": 2_000_000, "disable_grammar_support": False, "cuda_memory_fraction": 1.0,
-    "enable_prefill_logprobs": False, "disable_custom_kernels": False, "graceful_termination_timeout": 90.0,
+    "max_image_fetch_size": 2**30, "validation_workers": 2, "payload_limit": 2_000_000,
+    "disable_grammar_support": False, "cuda_memory_fraction": 1.0, "enable_prefill_logprobs": False,
+    "disable_custom_kernels": False, "graceful_termination_timeout": 90.0,
 }  # fmt: skip
 
 
