@@ -170,6 +170,8 @@ class Settings:
         "Largest request body", is_tgi=True, unit="bytes", minimum=1, maximum=2**30)
     max_image_fetch_size: int = _row(2**30, SIZE, BOUNDS,
         "Largest image to fetch; no model served here reads images", is_tgi=True, unit="bytes", works=(2**30,))
+    max_image_fetch_size: int = _row(2**30, SIZE, BOUNDS,
+        "Largest image to fetch; no model served here reads images", is_tgi=True, unit="bytes", works=(2**30,))
     validation_workers: int = _row(2, INTEGER, BOUNDS,
         "Threads that tokenize prompts", is_tgi=True, minimum=1, maximum=256)
     disable_grammar_support: bool = _row(False, SWITCH, BOUNDS, "Refuse grammars and JSON schemas", is_tgi=True)
@@ -263,6 +265,11 @@ class Settings:
     log_level: str = _row("info", LOG_LEVEL, TELEMETRY,
         "Least level to log", is_tgi=True, choices=("debug", "info", "warn", "error"))
     log_colorize: bool | None = _row(None, TRUTH, TELEMETRY, "Colours in the log", is_tgi=True, auto="on a terminal")
+    record: str | None = _row(None, PATH, TELEMETRY,
+        "File that gets every finished request as token ids, parameters and log-probabilities, for `weft verify`; ids "
+        "can be turned back into text, so it is as confidential as prompts are", auto="nothing is recorded")
+    record_max_bytes: int = _row(256 * 2**20, SIZE, TELEMETRY,
+        "Most that recordings take on the disk; older ones are deleted", unit="bytes", minimum=2**16)
     otlp_endpoint: str | None = _row(None, TEXT, TELEMETRY,
         "Collector that gets traces over OTLP/gRPC, for example http://localhost:4317; https encrypts. Its headers and "
         "certificates: OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS …)", is_tgi=True, auto="no traces")
