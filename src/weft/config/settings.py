@@ -170,8 +170,6 @@ class Settings:
         "Largest request body", is_tgi=True, unit="bytes", minimum=1, maximum=2**30)
     max_image_fetch_size: int = _row(2**30, SIZE, BOUNDS,
         "Largest image to fetch; no model served here reads images", is_tgi=True, unit="bytes", works=(2**30,))
-    max_image_fetch_size: int = _row(2**30, SIZE, BOUNDS,
-        "Largest image to fetch; no model served here reads images", is_tgi=True, unit="bytes", works=(2**30,))
     validation_workers: int = _row(2, INTEGER, BOUNDS,
         "Threads that tokenize prompts", is_tgi=True, minimum=1, maximum=256)
     disable_grammar_support: bool = _row(False, SWITCH, BOUNDS, "Refuse grammars and JSON schemas", is_tgi=True)
