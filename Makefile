@@ -25,11 +25,11 @@ INSTALLED_DEV := $(VENV)/.weft-dev-$(INSTALL_KEY)
 PIP_LINES := 2>&1 | { grep --line-buffered -E '^ *Downloading .*\([0-9.]{4,} MB\)|^ *(Installing collected|Building editable|ERROR|error)' | cut -c1-100 || true; }
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
-.PHONY: help setup setup-dev serve test check unit sim numerics contract e2e frameworks docs bench size format proto sanitize fuzz \
+.PHONY: help setup setup-dev serve test check unit sim numerics contract e2e frameworks docs bench bench-peers size format proto sanitize fuzz \
 	check-format check-lint check-types check-public-types check-imports check-spelling check-generated clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo; echo '  make serve MODEL=… PORT=… ARGS="…"    MODEL: a directory, a .gguf file, a hub id, or pypi:…'
 
 setup: $(INSTALLED) ## environment and dependencies in .venv
@@ -70,8 +70,11 @@ docs: $(INSTALLED_DEV) ## write the generated pages, then check all pages
 	@$(BIN)/python docs/generate_http.py
 	@$(BIN)/pytest -q tests/docs $(ARGS)
 
-bench: $(INSTALLED_DEV) ## measure the server: make bench ARGS="--peers"
+bench: $(INSTALLED_DEV) ## measure the server: make bench ARGS="--quick --servers int8"
 	@$(BIN)/python benchmark/serving.py $(ARGS)
+
+bench-peers: $(INSTALLED_DEV) ## the server and its peers in turns: make bench-peers ARGS="--quick --minutes 22"
+	@$(BIN)/python benchmark/serving.py --peers $(ARGS)
 
 size: ## a mirror: lines per folder, long files, long functions
 	@python3 docs/size.py

@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -32,7 +32,7 @@ def measure_process_tree(pid: int) -> ProcessTreeUsage:
     """Add up what the process and its descendants use. Processes that end meanwhile are left out."""
     num_processes = 0
     rss = pss = cpu_s = 0.0
-    for process in _process_tree(pid):
+    for process in process_tree(pid):
         try:
             times = process.cpu_times()
             memory = process.memory_full_info()
@@ -47,12 +47,37 @@ def measure_process_tree(pid: int) -> ProcessTreeUsage:
     )
 
 
-def _process_tree(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
+    """The process and all its descendants; empty when it is gone."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def thread_cpu_s(pid: int) -> dict[int, float]:
+    """User and system seconds of every thread of a process tree."""
+    seconds: dict[int, float] = {}
+    for process in process_tree(pid):
+        try:
+            seconds.update({thread.id: thread.user_time + thread.system_time for thread in process.threads()})
+        except psutil.Error:
+            continue
+    return seconds
+
+
+def control_plane_s(
+    before: Mapping[int, float], after: Mapping[int, float], num_kernel_threads: int, model_s: float
+) -> float:
+    """CPU seconds between two readings that did not go into the model: HTTP, text, wire, scheduling, making batches.
+
+    The busiest threads are the kernels'; the busiest of all also runs the steps' Python, so what it spent beyond the
+    `model_s` seconds inside models counts.
+    """
+    spent = sorted((seconds - before.get(thread, 0.0) for thread, seconds in after.items()), reverse=True)
+    beside_models = max(0.0, spent[0] - model_s) if spent else 0.0
+    return sum(spent[num_kernel_threads:]) + beside_models
 
 
 def _machine_busy_s() -> float:

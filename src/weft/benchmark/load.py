@@ -226,10 +226,15 @@ def encode_request(target: Target, body: dict[str, Any]) -> bytes:
     return "\r\n".join(head).encode() + b"\r\n\r\n" + content
 
 
-async def stream_request(target: Target, body: dict[str, Any], timeout_s: float = 600.0) -> Reply:
-    """Send one request and read its stream to the end. Failures are in `Reply.error`, never raised."""
+async def stream_request(
+    target: Target, body: dict[str, Any], timeout_s: float = 600.0, reply: Reply | None = None
+) -> Reply:
+    """Send one request and read its stream to the end. Failures are in `Reply.error`, never raised.
+
+    A `reply` that is passed in is filled as the stream arrives, for whoever watches it, and returned.
+    """
     loop = asyncio.get_running_loop()
-    reply = Reply(sent_ns=time.perf_counter_ns())
+    reply = reply or Reply(sent_ns=time.perf_counter_ns())
     done: asyncio.Future[None] = loop.create_future()
     transport: asyncio.BaseTransport | None = None
     try:
@@ -288,3 +293,34 @@ async def run_open_loop(send: Send, bodies: Sequence[dict[str, Any]], gaps_s: Se
         await asyncio.sleep(max(0.0, due_s - loop.time()))
         tasks.append(asyncio.create_task(send(body)))
     return list(await asyncio.gather(*tasks))
+
+
+async def run_stream_and_newcomer(
+    target: Target, stream: dict[str, Any], newcomer: dict[str, Any], *, tokens_before: int, timeout_s: float = 600.0
+) -> tuple[Reply, Reply]:
+    """Start a stream, and send the newcomer once `tokens_before` of the stream's tokens have arrived: both replies."""
+    running = Reply(sent_ns=time.perf_counter_ns())
+    task = asyncio.create_task(stream_request(target, stream, timeout_s, running))
+    while len(running.token_ns) < tokens_before and not task.done():  # noqa: ASYNC110 - a protocol fills the list
+        await asyncio.sleep(0.002)
+    arrived = await stream_request(target, newcomer, timeout_s)
+    return await task, arrived
+
+
+def gaps_beside_newcomer(running: Reply, newcomer: Reply) -> list[int]:
+    """Nanoseconds between the stream's tokens from the newcomer's sending to the newcomer's first token.
+
+    The gap in which the newcomer was sent counts, and so does the one in which its first token came.
+    """
+    first_ns = newcomer.token_ns[0] if newcomer.token_ns else newcomer.finished_ns
+    pairs = zip(running.token_ns, running.token_ns[1:], strict=False)
+    return [later - earlier for earlier, later in pairs if later > newcomer.sent_ns and earlier < first_ns]
+
+
+def sum_of_metric(exposition: str, name: str, label: str = "") -> float:
+    """The values of a metric in Prometheus' text format, added up over its labels, or over those that hold `label`.
+
+    0 when it is not there.
+    """
+    values = [line.rpartition(" ") for line in exposition.splitlines() if not line.startswith("#")]
+    return sum(float(value) for head, _, value in values if head.partition("{")[0] == name and label in head)

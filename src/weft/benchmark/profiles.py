@@ -28,6 +28,21 @@ class Profile:
     """Tokens that all prompts of all rounds begin with, on top of `prompt_tokens` of their own."""
     rounds: int = 1
     rate_per_s: float | None = None
+    newcomer_prompt_tokens: int = 0
+    """A prompt of this length arrives while the stream runs, and only the stream's gaps meanwhile are judged."""
+    code: str = ""
+    """Short name, for tables and command lines."""
+    is_large_model: bool = False
+    """Run on the large model instead of the default one."""
+    quick_requests: int = 0
+    """Requests of a quick sitting; 0: all."""
+    quick_repeats: int = 1
+    """How often a quick sitting measures it."""
+
+    @property
+    def quick(self) -> "Profile":
+        """The same shape with as few requests as still say something."""
+        return replace(self, num_requests=self.quick_requests or self.num_requests)
 
     def scaled(self, ratio: float) -> "Profile":
         """The same shape with fewer requests, but never fewer than are in flight at once."""
@@ -38,10 +53,20 @@ PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
         Profile(
-            name="streams-1", title="1 stream", concurrency=1, num_requests=6, prompt_tokens=128, output_tokens=128
+            name="streams-1",
+            code="W1",
+            title="1 stream",
+            concurrency=1,
+            num_requests=6,
+            prompt_tokens=128,
+            output_tokens=128,
+            quick_requests=3,
+            quick_repeats=2,
         ),
         Profile(
             name="streams-16",
+            code="W2",
+            quick_requests=32,
             title="16 streams",
             concurrency=16,
             num_requests=64,
@@ -50,6 +75,8 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             name="streams-64",
+            code="W3",
+            quick_requests=128,
             title="64 streams",
             concurrency=64,
             num_requests=192,
@@ -58,6 +85,8 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             name="long-prompt",
+            code="W4",
+            quick_requests=4,
             title="4,000-token prompt, 4 streams",
             concurrency=4,
             num_requests=8,
@@ -66,6 +95,8 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             name="shared-prefix",
+            code="W5",
+            quick_requests=16,
             title="3,500-token shared prefix, 8 streams",
             concurrency=8,
             num_requests=32,
@@ -75,7 +106,41 @@ PROFILES: dict[str, Profile] = {
             rounds=2,
         ),
         Profile(
+            name="running-stream",
+            code="R1",
+            title="a stream while a 4,000-token prompt arrives",
+            concurrency=1,
+            num_requests=1,
+            prompt_tokens=128,
+            output_tokens=256,
+            newcomer_prompt_tokens=4000,
+        ),
+        Profile(
+            name="large-1",
+            code="L1",
+            title="1.07B, 1 stream",
+            concurrency=1,
+            num_requests=4,
+            prompt_tokens=128,
+            output_tokens=64,
+            is_large_model=True,
+            quick_requests=2,
+            quick_repeats=2,
+        ),
+        Profile(
+            name="large-16",
+            code="L2",
+            title="1.07B, 16 streams",
+            concurrency=16,
+            num_requests=32,
+            prompt_tokens=128,
+            output_tokens=64,
+            is_large_model=True,
+            quick_requests=16,
+        ),
+        Profile(
             name="first-token",
+            code="T1",
             title="lone first token, 128-token prompt",
             concurrency=1,
             num_requests=10,
@@ -84,6 +149,7 @@ PROFILES: dict[str, Profile] = {
         ),
         Profile(
             name="poisson",
+            code="P1",
             title="open loop, 4 requests/s",
             concurrency=1,
             num_requests=40,
@@ -94,6 +160,28 @@ PROFILES: dict[str, Profile] = {
     )
 }
 """Name → profile. The sizes are those of the peers' published comparison that Weft's figures stand beside."""
+
+USUAL_PROFILES = (
+    "streams-1",
+    "streams-16",
+    "streams-64",
+    "long-prompt",
+    "running-stream",
+    "shared-prefix",
+    "large-1",
+    "large-16",
+)
+"""What a sitting measures when nobody says otherwise, in this order."""
+
+
+def find_profiles(names: Iterable[str]) -> list[Profile]:
+    """Profiles by name or code. Raises ValueError for one that there is not."""
+    known = {key: profile for profile in PROFILES.values() for key in (profile.name, profile.code)}
+    chosen = list(names)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"no workload is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return [known[name] for name in chosen]
+
 
 WARM_UP = (
     Profile(name="warm-up-1", title="", concurrency=1, num_requests=1, prompt_tokens=128, output_tokens=16),
@@ -125,10 +213,14 @@ class PromptWriter:
         return "".join(f" {word}" for word in self._rng.choices(self._words, k=num_tokens))
 
     def rounds(self, profile: Profile) -> list[list[str]]:
-        """The prompts of each round of a profile; the shared prefix is the same in all rounds."""
+        """The prompts of each round of a profile; the shared prefix is the same in all rounds.
+
+        A newcomer's prompt comes last.
+        """
         prefix = self.text(profile.shared_prefix_tokens)
+        newcomer = [self.text(profile.newcomer_prompt_tokens)] if profile.newcomer_prompt_tokens else []
         return [
-            [prefix + self.text(profile.prompt_tokens) for _ in range(profile.num_requests)]
+            [*(prefix + self.text(profile.prompt_tokens) for _ in range(profile.num_requests)), *newcomer]
             for _ in range(profile.rounds)
         ]
 

@@ -1,7 +1,7 @@
 """From replies to figures, and from figures to a table that people can paste."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from weft.benchmark.load import Reply
@@ -78,25 +78,6 @@ def median_of(values: Iterable[float | None]) -> float | None:
     return statistics.median(present) if present else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    title: str
-    read: Callable[[Figures], float | None]
-    digits: int = 0
-
-
-_COLUMNS = (
-    _Column("output tok/s", lambda f: f.output_tokens_per_s, 1),
-    _Column("total tok/s", lambda f: f.total_tokens_per_s),
-    _Column("TTFT p50 ms", lambda f: f.ttft_p50_ms),
-    _Column("TTFT p99 ms", lambda f: f.ttft_p99_ms),
-    _Column("ITL p50 ms", lambda f: f.itl_p50_ms, 1),
-    _Column("ITL p99 ms", lambda f: f.itl_p99_ms, 1),
-    _Column("PSS MB", lambda f: f.pss_mb),
-    _Column("foreign CPU %", lambda f: f.foreign_cpu_percent, 1),
-)
-
-
 def format_number(value: float | None, digits: int) -> str:
     """A number with thousands separators, or a dash."""
     return "–" if value is None else f"{value:,.{digits}f}"
@@ -115,31 +96,3 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "|" + "|".join("-" * (w + 2) if column == 0 else "-" * (w + 1) + ":" for column, w in enumerate(widths)) + "|"
     )
     return "\n".join([texts[0], rule, *texts[1:]])
-
-
-def figures_table(results: Mapping[tuple[str, str], Sequence[Figures]]) -> str:
-    """One line per (workload, server), medians over the repeats; failures are marked in the server's cell."""
-    rows = []
-    for (workload, server), repeats in results.items():
-        failed = sum(figures.failed for figures in repeats)
-        name = f"{server} ({failed} of {sum(f.requests for f in repeats)} failed)" if failed else server
-        cells = [format_number(median_of(map(column.read, repeats)), column.digits) for column in _COLUMNS]
-        rows.append([workload, name, *cells])
-    return markdown_table(["workload", "server", *(column.title for column in _COLUMNS)], rows)
-
-
-def ratio_table(results: Mapping[tuple[str, str], Sequence[Figures]], ours: str, peers: Sequence[str]) -> str:
-    """How many times a peer's output rate and first-token time ours are: medians of the ratios of paired repeats."""
-    rows = []
-    for workload in dict.fromkeys(workload for workload, _ in results):
-        for peer in peers:
-            pairs = list(zip(results.get((workload, ours), ()), results.get((workload, peer), ()), strict=False))
-            rate = median_of(_ratio(a.output_tokens_per_s, b.output_tokens_per_s) for a, b in pairs)
-            first = median_of(_ratio(a.ttft_p50_ms, b.ttft_p50_ms) for a, b in pairs)
-            gap = median_of(_ratio(a.itl_p99_ms, b.itl_p99_ms) for a, b in pairs)
-            rows.append([workload, peer, *(format_number(value, 2) for value in (rate, first, gap))])
-    return markdown_table(["workload", f"{ours} / …", "output rate ×", "TTFT p50 ×", "ITL p99 ×"], rows)
-
-
-def _ratio(ours: float | None, theirs: float | None) -> float | None:
-    return ours / theirs if ours is not None and theirs else None

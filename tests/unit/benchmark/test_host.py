@@ -1,10 +1,11 @@
 """What a server's processes use is added up over the whole tree."""
 
+import os
 import subprocess
 import sys
 import time
 
-from weft.benchmark.host import CpuMeter, measure_process_tree, measure_read_bandwidth
+from weft.benchmark.host import CpuMeter, control_plane_s, measure_process_tree, measure_read_bandwidth, thread_cpu_s
 
 SPAWN_CHILD = """
 import subprocess, sys
@@ -50,3 +51,19 @@ def test_cpu_time_of_the_client_is_not_called_foreign() -> None:
 
 def test_memory_bandwidth_is_a_plausible_number() -> None:
     assert 0.1 < measure_read_bandwidth(num_bytes=16 * 2**20, duration_s=0.02) < 10_000
+
+
+def test_the_control_plane_is_what_kernels_did_not_use() -> None:
+    before = {1: 1.0, 2: 1.0, 3: 0.5}
+    after = {1: 11.0, 2: 10.0, 3: 0.75, 4: 0.25}
+
+    # Thread 1 runs the models' kernels for 9 of its 10 seconds, thread 2 only kernels.
+    assert control_plane_s(before, after, num_kernel_threads=2, model_s=9.0) == 1.0 + 0.25 + 0.25
+
+
+def test_a_model_that_says_more_than_its_thread_used_takes_nothing_from_others() -> None:
+    assert control_plane_s({}, {1: 1.0, 2: 0.5}, num_kernel_threads=1, model_s=5.0) == 0.5
+
+
+def test_threads_of_this_process_have_used_time() -> None:
+    assert sum(thread_cpu_s(os.getpid()).values()) > 0

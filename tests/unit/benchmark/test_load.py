@@ -12,9 +12,12 @@ from weft.benchmark.load import (
     Reply,
     Target,
     arrival_gaps_s,
+    gaps_beside_newcomer,
     run_closed_loop,
     run_open_loop,
+    run_stream_and_newcomer,
     stream_request,
+    sum_of_metric,
 )
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -211,3 +214,51 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_an_exponential() -> No
 
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.03)
     assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.03)
+
+
+def test_gaps_beside_a_newcomer_span_its_sending_to_its_first_token() -> None:
+    running = Reply(sent_ns=0, token_ns=[10, 20, 30, 70, 90, 100])
+    newcomer = Reply(sent_ns=25, token_ns=[80, 95])
+
+    assert gaps_beside_newcomer(running, newcomer) == [10, 40, 20]
+
+
+def test_a_newcomer_without_a_token_counts_until_its_end() -> None:
+    running = Reply(sent_ns=0, token_ns=[10, 20, 30])
+
+    assert gaps_beside_newcomer(running, Reply(sent_ns=15, finished_ns=18)) == [10]
+
+
+def test_values_of_a_metric_add_up_over_its_labels() -> None:
+    text = """# TYPE x_sum counter
+x_sum{method="a"} 1.5
+x_sum{method="b"} 2
+x_sum_total 8
+y 1
+"""
+
+    assert sum_of_metric(text, "x_sum") == 3.5
+    assert sum_of_metric(text, "x_sum", '"b"') == 2
+    assert sum_of_metric(text, "z") == 0
+
+
+async def test_a_newcomer_is_sent_while_the_stream_still_runs() -> None:
+    newcomer_is_here = asyncio.Event()
+    is_first = True
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        nonlocal is_first
+        if not is_first:
+            newcomer_is_here.set()
+            await writing(HEAD, text_event("new"), OPENAI_END)(writer)
+            return
+        is_first = False
+        await writing(HEAD, text_event("a"), text_event("b"))(writer)
+        await newcomer_is_here.wait()
+        await writing(text_event("c"), OPENAI_END)(writer)
+
+    async with asyncio.timeout(5), serving(answer) as target:
+        running, newcomer = await run_stream_and_newcomer(target, {"n": 1}, {"n": 2}, tokens_before=2)
+
+    assert (running.text, newcomer.text) == ("abc", "new")
+    assert running.token_ns[1] <= newcomer.sent_ns

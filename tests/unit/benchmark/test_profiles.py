@@ -2,7 +2,15 @@
 
 import pytest
 
-from weft.benchmark.profiles import PROFILES, Profile, PromptWriter, completion_body, single_token_words
+from weft.benchmark.profiles import (
+    PROFILES,
+    USUAL_PROFILES,
+    Profile,
+    PromptWriter,
+    completion_body,
+    find_profiles,
+    single_token_words,
+)
 
 WORDS = [f"word{letter}{other}" for letter in "abcdefghij" for other in "abcdefghij"]
 
@@ -66,3 +74,27 @@ def test_bodies_fix_the_length_of_the_answer() -> None:
     assert body["max_tokens"] == 12
     assert body["ignore_eos"] is True
     assert body["temperature"] == 0.0
+
+
+def test_a_newcomer_s_prompt_comes_last() -> None:
+    [prompts] = PromptWriter(WORDS, seed=1).rounds(make_profile(newcomer_prompt_tokens=40))
+
+    assert [len(prompt.split()) for prompt in prompts] == [5, 5, 5, 40]
+
+
+def test_profiles_are_found_by_code_and_by_name() -> None:
+    assert [profile.name for profile in find_profiles(["W1", "long-prompt"])] == ["streams-1", "long-prompt"]
+    assert len(find_profiles(USUAL_PROFILES)) == len(USUAL_PROFILES)
+    with pytest.raises(ValueError, match="no workload is called W9; there are"):
+        find_profiles(["W1", "W9"])
+
+
+def test_a_quick_sitting_sends_no_fewer_than_are_in_flight() -> None:
+    assert all(profile.quick.num_requests >= profile.concurrency for profile in PROFILES.values())
+
+
+def test_codes_are_unique() -> None:
+    codes = [profile.code for profile in PROFILES.values()]
+
+    assert len(set(codes)) == len(codes)
+    assert all(codes)

@@ -1,11 +1,9 @@
 """Figures count what was complete, percentiles interpolate, tables pair what belongs together."""
 
-from dataclasses import replace
-
 import pytest
 
 from weft.benchmark.load import Reply
-from weft.benchmark.report import Figures, figures_table, markdown_table, percentile, ratio_table, summarize
+from weft.benchmark.report import markdown_table, percentile, summarize
 
 SECOND = 10**9
 MS = 10**6
@@ -21,11 +19,6 @@ def make_reply(start_ms: int, *token_ms: int, error: str | None = None) -> Reply
         completion_tokens=len(token_ms),
         error=error,
     )
-
-
-def make_figures(**changes: object) -> Figures:
-    figures = summarize([make_reply(0, 100, 200)])
-    return replace(figures, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -63,30 +56,3 @@ def test_a_table_has_one_rule_and_equal_widths() -> None:
 
     assert len({len(line) for line in lines}) == 1
     assert lines[1] == "|-----------|-------:|"
-
-
-def test_the_figures_table_shows_medians_and_marks_failures() -> None:
-    repeats = [make_figures(output_tokens_per_s=rate) for rate in (10.0, 30.0, 20.0)]
-    broken = [make_figures(failed=1, requests=4)]
-
-    table = figures_table({("1 stream", "ours"): repeats, ("1 stream", "theirs"): broken})
-
-    assert " 20.0 " in table
-    assert "theirs (1 of 4 failed)" in table
-
-
-def test_ratios_are_medians_over_pairs_and_not_ratios_of_medians() -> None:
-    ours = [make_figures(output_tokens_per_s=rate) for rate in (10.0, 100.0, 30.0)]
-    theirs = [make_figures(output_tokens_per_s=rate) for rate in (10.0, 10.0, 20.0)]
-
-    table = ratio_table({("w", "ours"): ours, ("w", "peer"): theirs}, "ours", ["peer"])
-
-    assert " 1.50 " in table
-
-
-def test_a_peer_that_never_answered_has_no_ratio() -> None:
-    nothing = summarize([make_reply(0, error="refused")])
-
-    table = ratio_table({("w", "ours"): [make_figures()], ("w", "peer"): [nothing]}, "ours", ["peer"])
-
-    assert table.count("–") == 3
