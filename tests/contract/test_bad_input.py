@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import pytest
 from tests.contract.house import MAX_TOTAL_TOKENS, VOCAB_SIZE, build_house
 
+from weft.router.app import ROUTES
+from weft.router.routes import Route
+
 HUGE = 10**400
 VALUES: dict[str, object] = {
     "null": None,
@@ -286,6 +289,21 @@ async def test_what_json_does_not_have_is_malformed(door: Door, value: str):
     body = body_with(door, "temperature", 0.5).replace(b"0.5", value.encode())
 
     assert (await build_house().post(door.path, body)).status == 400
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.body], ids=lambda route: route.path)
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_a_name_that_stands_twice_is_refused_at_every_door(route: Route, is_known: bool):
+    """TGI: 422 for a field that it knows."""
+    body = json.dumps(route.example)
+    name, value = next(iter(route.example.items())) if is_known else ("no_such_field", None)
+    member = f"{json.dumps(name)}: {json.dumps(value)}"
+    twice = f"{{{member}, {member}, {body[1:]}".encode()
+
+    answer = await build_house(max_total_tokens=200).post(route.path.replace("{name}", "m"), twice)
+
+    assert answer.status == (400 if route.path.startswith("/v1") else 422)
+    assert f"Duplicate field `{name}`" in answer.body.decode()
 
 
 MESSAGES: list[tuple[object, bool]] = [
