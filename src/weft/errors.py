@@ -66,6 +66,7 @@ class BadRequestError(RequestError):
     """The body cannot be read as what the route expects: syntax, type of a field, missing field."""
 
     code = "invalid_body"
+    openai_code = "invalid_type"
     http_status = 422
     openai_status = 400
     error_type = "validation"
@@ -77,9 +78,17 @@ class MalformedJsonError(BadRequestError):
     """The body is no JSON."""
 
     code = "invalid_json"
+    openai_code = ""
     http_status = 400
     preface: ClassVar[str] = "The request body is not valid JSON: "
     """How its message begins, where the dialect has no such beginning of its own."""
+
+
+class MissingFieldError(BadRequestError):
+    """The body lacks a field that the route needs."""
+
+    code = "missing_field"
+    openai_code = "missing_required_parameter"
 
 
 class ValidationError(RequestError):

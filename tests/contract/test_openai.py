@@ -635,6 +635,24 @@ class TestRefusals:
         error = answer.json["error"]
         assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, "invalid_value")
 
+    @pytest.mark.parametrize(
+        ("body", "code", "param"),
+        [
+            ({}, "missing_required_parameter", "messages"),
+            ({"messages": "a"}, "invalid_type", "messages"),
+            ({"messages": MESSAGES, "n": 0}, "invalid_value", "n"),
+            ({"messages": MESSAGES, "max_tokens": 1000}, "context_length_exceeded", "max_tokens"),
+            (b"{", "invalid_json", None),
+        ],
+    )
+    async def test_codes_are_openais(self, body: object, code: str, param: str | None):
+        answer = await build_house().post(CHAT, body)
+
+        error = answer.json["error"]
+        assert answer.status == 400
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
+        assert answer.headers["x-request-id"]
+
     @pytest.mark.parametrize("stream", [False, True])
     async def test_the_answer_names_the_tier_when_one_was_asked_for(self, stream: bool):
         house = build_house()

@@ -288,6 +288,40 @@ class TestMemory:
         prompt = text_of(house.backend.requests[2].prompt_token_ids)
         assert prompt == "[system]J[user]a[assistant]hello[user]b[assistant]hello[user]c[assistant]"
 
+    @pytest.mark.parametrize("kind", [{"type": "item_reference"}, {}])
+    async def test_an_item_of_an_earlier_answer_may_be_named_by_its_id(self, kind: dict[str, str]):
+        house = big_house()
+        first = (await house.post(PATH, {"input": "a"})).json
+        [message] = first["output"]
+        items = [{"role": "user", "content": "a"}, {**kind, "id": message["id"]}, {"role": "user", "content": "b"}]
+
+        second = await house.post(PATH, {"input": items})
+        counted = await house.post(f"{PATH}/input_tokens", {"input": items})
+
+        prompt = text_of(house.backend.requests[1].prompt_token_ids)
+        assert prompt == "[user]a[assistant]hello[user]b[assistant]"
+        assert counted.json["input_tokens"] == second.json["usage"]["input_tokens"]
+        listed = (await house.get(f"{PATH}/{second.json['id']}/input_items?order=asc")).json["data"]
+        assert listed[1] == message
+
+    async def test_an_item_that_is_not_stored_is_not_found(self):
+        house = big_house()
+        first = (await house.post(PATH, {"input": "a", "store": False})).json
+        reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+
+        for answer in (
+            await house.post(PATH, {"input": [reference]}),
+            await house.post(PATH, {"input": [{**reference, "id": "rs_1"}]}),
+        ):
+            assert (answer.status, answer.json["error"]["param"]) == (404, "input")
+
+    async def test_what_was_asked_for_is_shown_again(self):
+        asked = {"tool_choice": "none", "prompt_cache_retention": "24h", "prompt_cache_key": "k", "max_tool_calls": 3}
+
+        response = (await big_house().post(PATH, {"input": "a", **asked})).json
+
+        assert {name: response[name] for name in asked} == asked
+
     async def test_store_false_is_not_stored(self):
         house = big_house()
 
@@ -612,7 +646,11 @@ class TestRefusals:
             ({"input": [{"content": "a"}]}, "input"),
             ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
             ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input"),
-            ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+            ({"input": [{"type": "item_reference"}]}, "input"),
+            ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input"),
+            ({"service_tier": "gold"}, "service_tier"),
+            ({"prompt_cache_retention": "1y"}, "prompt_cache_retention"),
+            ({"prompt_cache_options": {"mode": "off"}}, "prompt_cache_options.mode"),
             ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
             ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input"),
         ],

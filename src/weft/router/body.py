@@ -23,6 +23,7 @@ from weft.errors import (
     BadRequestError,
     ClientGoneError,
     MalformedJsonError,
+    MissingFieldError,
     PayloadTooLargeError,
     RequestTimeoutError,
     UnsupportedMediaTypeError,
@@ -201,7 +202,7 @@ def _wrong_type(problem: str, body: bytes) -> BadRequestError:
     path = place.rstrip("`").removeprefix(".")
     if missing := _MISSING_FIELD.search(text):
         name = _member(path, missing["name"])
-        return _type_error(name, f"missing field `{name}`; add it")
+        return MissingFieldError(f"Missing field `{name}`; add it", field=name)
     name = path or "body"
     number = _number_at(path, body)
     if expected := _EXPECTED.match(text):

@@ -4,7 +4,8 @@ An item is normalized once, when it arrives: it gets an id and its content becom
 and shown by `input_items`; the same form of earlier turns and of earlier answers makes the prompt of a later turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -30,10 +31,22 @@ from weft.router.schemas_responses import (
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _SYSTEM = "system"
+_REFERENCE = "item_reference"
 
 
-def normalized(given: str | Sequence[InputItem] | None) -> list[Item]:
-    """`input` as items with ids. Raises ValidationError, NotSupportedError."""
+def is_reference(item: InputItem) -> bool:
+    """Whether it names an item instead of being one; the type may be left out."""
+    is_bare = item.type is None and item.role is None and item.content is None
+    return item.type == _REFERENCE or (is_bare and item.id is not None)
+
+
+def normalized(
+    given: str | Sequence[InputItem] | None, referenced: Mapping[str, Item] = MappingProxyType({})
+) -> list[Item]:
+    """`input` as items with ids. Raises ValidationError, NotSupportedError.
+
+    Units    referenced: the items that references in `given` name, by id
+    """
     if given is None:
         return []
     if isinstance(given, str):
@@ -42,7 +55,12 @@ def normalized(given: str | Sequence[InputItem] | None) -> list[Item]:
         raise ValidationError(
             f"`input` must hold at most {LIMITS.max_messages} items. Given: {len(given)}", field="input"
         )
-    return [_normalized_item(item, f"input[{index}]") for index, item in enumerate(given)]
+    return [
+        referenced[_needed(item.id, f"input[{index}].id")]
+        if is_reference(item)
+        else _normalized_item(item, f"input[{index}]")
+        for index, item in enumerate(given)
+    ]
 
 
 def messages_of(instructions: str | None, items: Sequence[Item]) -> list[Message]:
@@ -121,8 +139,8 @@ def _normalized_item(item: InputItem, place: str) -> Item:
             )
         case kind:
             raise NotSupportedError(
-                f"`{place}.type` {kind[:64]!r} is not supported. Send message, function_call, function_call_output or "
-                "reasoning",
+                f"`{place}.type` {kind[:64]!r} is not supported. Send message, function_call, function_call_output, "
+                "reasoning or item_reference",
                 field="input",
             )
 

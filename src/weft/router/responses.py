@@ -41,10 +41,11 @@ from weft.router.response_events import (
     Transcript,
     restored,
 )
-from weft.router.response_input import messages_of, normalized
+from weft.router.response_input import is_reference, messages_of, normalized
 from weft.router.response_runs import BackgroundRun, ResponseRun, answer, stream
 from weft.router.schemas_openai import ChatRequest
 from weft.router.schemas_responses import (
+    InputItem,
     InputItemsQuery,
     InputTokens,
     InputTokensRequest,
@@ -65,6 +66,9 @@ from weft.router.stream import ClientWatch, EventStream, encode_json
 
 _FIELD_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}
 _LOGPROBS = "message.output_text.logprobs"
+_RESPONSE_PREFIX = "resp_"
+_MESSAGE_PREFIX = "msg_"
+"""An answer's message has the id of its response behind this, so that a reference to it is found."""
 _INCLUDABLE = (
     _LOGPROBS,
     "reasoning.encrypted_content",
@@ -85,10 +89,10 @@ _PAGE_ITEMS = 20
 async def create(context: RouterContext, exchange: Exchange) -> None:
     """POST /v1/responses."""
     body = decode(exchange.body, ResponsesRequest)
-    head = answer_head("resp_", body.model, context, context.require_model())
+    head = answer_head(_RESPONSE_PREFIX, body.model, context, context.require_model())
     _check(body, context)
     tenant = origin_of(context, exchange).tenant
-    items = normalized(body.input)
+    items = normalized(body.input, await _referenced(context, body.input, tenant))
     earlier = await _earlier_items(context, body.previous_response_id, tenant)
     with in_words_of(_FIELD_NAMES):
         conversation = await prepare(context, exchange, _chat_body(body, [*earlier, *items]))
@@ -98,7 +102,7 @@ async def create(context: RouterContext, exchange: Exchange) -> None:
     run = run_class(
         context,
         conversation,
-        Transcript(response, f"msg_{head.id.removeprefix('resp_')}"),
+        Transcript(response, _MESSAGE_PREFIX + head.id.removeprefix(_RESPONSE_PREFIX)),
         ResponseText(conversation, head, has_logprobs=has_logprobs),
         items=items,
         tenant=tenant,
@@ -124,7 +128,8 @@ async def count_input_tokens(context: RouterContext, exchange: Exchange) -> None
     answer_head("", body.model, context, context.require_model())
     _check_prompt_fields(body, context)
     tenant = origin_of(context, exchange).tenant
-    items = [*await _earlier_items(context, body.previous_response_id, tenant), *normalized(body.input)]
+    given = normalized(body.input, await _referenced(context, body.input, tenant))
+    items = [*await _earlier_items(context, body.previous_response_id, tenant), *given]
     with in_words_of(_FIELD_NAMES):
         count = await count_tokens(context, exchange, _chat_body(body, items))
     await exchange.reply(200, encode_json(InputTokens(input_tokens=count)))
@@ -266,6 +271,7 @@ def _begun(
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
         prompt_cache_key=body.prompt_cache_key,
+        prompt_cache_retention=body.prompt_cache_retention,
         reasoning=ShownReasoning(
             effort=None if reasoning is None else reasoning.effort,
             summary=None if reasoning is None else reasoning.summary,
@@ -276,6 +282,7 @@ def _begun(
         text=ShownTextOptions(
             format=ShownTextFormat(), verbosity="medium" if text is None or text.verbosity is None else text.verbosity
         ),
+        tool_choice=msgspec.json.decode(body.tool_choice) if is_given(body.tool_choice) else "auto",
         top_logprobs=body.top_logprobs or 0,
         top_p=defaults.top_p if body.top_p is None else body.top_p,
         user=body.user,
@@ -284,6 +291,25 @@ def _begun(
 
 def _wants_logprobs(body: ResponsesRequest) -> bool:
     return bool(body.top_logprobs) or _LOGPROBS in (body.include or ())
+
+
+async def _referenced(context: RouterContext, given: str | list[InputItem] | None, tenant: str) -> dict[str, Item]:
+    """Items of stored answers that the input names by id. Raises NotFoundError."""
+    found: dict[str, Item] = {}
+    for item in given if isinstance(given, list) else ():
+        if not is_reference(item) or item.id is None or item.id in found:
+            continue
+        response_id = _RESPONSE_PREFIX + item.id.removeprefix(_MESSAGE_PREFIX)
+        record = None if context.responses is None else await context.responses.get(response_id, tenant)
+        output = [] if record is None else _decoded(record).output
+        found |= {answer.id: answer for answer in output}
+        if item.id not in found:
+            raise NotFoundError(
+                f"Item with id {item.id[:80]!r} in `input` not found: of a response that was never stored, deleted, or "
+                "dropped for age or space. Send the item itself",
+                field="input",
+            )
+    return found
 
 
 async def _earlier_items(context: RouterContext, previous_id: str | None, tenant: str) -> list[Item]:

@@ -25,10 +25,11 @@ class InputPart(Struct, kw_only=True):
 
 
 class InputItem(Struct, kw_only=True):
-    """A message, a tool's call or its output, or a piece of reasoning from an earlier answer."""
+    """A message, a tool's call or its output, a piece of reasoning, or only the id of an item of an earlier answer."""
 
     type: Annotated[
-        str | None, Meta(description="message (default), function_call, function_call_output, reasoning")
+        str | None,
+        Meta(description="message (default), function_call, function_call_output, reasoning, item_reference"),
     ] = None
     id: ItemId | None = None
     status: str | None = None
@@ -294,6 +295,7 @@ class Response(Struct, kw_only=True):
     parallel_tool_calls: bool
     previous_response_id: str | None
     prompt_cache_key: str | None
+    prompt_cache_retention: str | None = None
     reasoning: ShownReasoning
     safety_identifier: str | None
     service_tier: str = "default"

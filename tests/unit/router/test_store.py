@@ -141,6 +141,26 @@ async def test_a_file_is_private_and_outlives_its_store(tmp_path: Path):
     await second.close()
 
 
+async def test_age_and_bounds_count_over_a_restart(tmp_path: Path, time: FakeTime):
+    path = tmp_path / "s.sqlite"
+    first = ResponseStore(path, ttl_s=60, now_s=time)
+    for name in "abc":
+        await first.put(record(name))
+        time.now_s += 10
+    await first.close()
+    time.now_s += 25
+
+    second = ResponseStore(path, ttl_s=60, max_responses=2, now_s=time)
+    before = await names(second, "abc")
+    time.now_s += 10
+    too_old = await names(second, "abc")
+    await second.put(record("d"))
+
+    assert (before, too_old) == ("abc", "bc")
+    assert await names(second, "abcd") == "cd"
+    await second.close()
+
+
 async def test_two_processes_may_write_at_once(tmp_path: Path):
     stores = [ResponseStore(tmp_path / "s.sqlite", ttl_s=60) for _ in range(2)]
 
