@@ -24,7 +24,7 @@ from typing import Any, Self, TypeGuard, TypeVar, cast, overload
 import msgspec
 import structlog
 
-from weft.config import Settings, options, resolve
+from weft.config import Settings, options, resolve, setting_named
 from weft.core.clock import Clock
 from weft.core.events import Event, FailureEvent, TokenEvent
 from weft.core.info import EngineInfo, EngineStats
@@ -99,8 +99,8 @@ class SamplingParams:
     def as_fields(self) -> dict[str, Any]:
         """As the body of a request has them."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields["stop"] = self.stop if isinstance(self.stop, str) else list(self.stop)
-        if self.logit_bias is not None:
+        fields["stop"] = list(self.stop) if isinstance(self.stop, tuple) else self.stop
+        if isinstance(self.logit_bias, Mapping):
             fields["logit_bias"] = {str(token_id): bias for token_id, bias in self.logit_bias.items()}
         return fields
 
@@ -364,6 +364,7 @@ class LLM:
         """
         if isinstance(prompts, str):
             return self._completions([self._prompt_job], [prompts], params)[0]
+        _check_list(prompts, "prompts", "a text, or a list of texts and of lists of token ids")
         return self._completions([self._prompt_job] * len(prompts), prompts, params)
 
     @overload
@@ -379,6 +380,7 @@ class LLM:
 
         Raises   as `generate`; TemplateError: the model has no template, or it refuses the conversation
         """
+        _check_list(messages, "messages", 'a conversation as [{"role": "user", "content": "Hello"}], or a list of them')
         if _is_conversation(messages):
             return self._completions([self._chat_job], [messages], params)[0]
         return self._completions([self._chat_job] * len(messages), messages, params)
@@ -392,7 +394,7 @@ class LLM:
         Raises   as `generate`
         """
         loaded = self._require_open()
-        own = params or SamplingParams()
+        own = _one_each(params, 1)[0]
         if not isinstance(prompt, str) and _is_conversation(prompt):
             job = self._chat_job(prompt, own)
         else:
@@ -441,7 +443,7 @@ class LLM:
         model = self._loaded.model
         body = _body(CompletionRequest, params, prompt="")
         checked = check_completion(body, self._loaded.settings, model)
-        ids = model.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        ids = model.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
             raise ValidationError("`prompt` must have at least one token. Given: none", field="prompt")
         return self._job(ids, checked, params, "prompt")
@@ -464,12 +466,35 @@ class LLM:
 
 
 def _is_conversation(messages: Sequence[Any]) -> TypeGuard[Sequence[Message]]:
-    return len(messages) > 0 and isinstance(messages[0], Mapping)
+    return isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
+
+
+def _check_list(value: object, field: str, allowed: str) -> None:
+    """Raises ValidationError for what is no list: types say so, and not everybody checks types."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValidationError(f"`{field}` must be {allowed}. Given: {_shown(value)}", field=field)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _token_ids(prompt: object) -> list[int]:
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        ids = [item for item in prompt if isinstance(item, int) and not isinstance(item, bool)]
+        if len(ids) == len(prompt):
+            return ids
+    raise ValidationError(f"`prompt` must be a text or a list of token ids. Given: {_shown(prompt)}", field="prompt")
 
 
 def _one_each(params: Params, num_prompts: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
+        raise ValidationError(
+            f"`params` must be SamplingParams(…), or one for each prompt. Given: {_shown(params)}", field="params"
+        )
     if len(params) != num_prompts:
         raise ValidationError(
             f"`params` must be one SamplingParams, or one for each of {num_prompts} prompts. Given: {len(params)}",
@@ -497,14 +522,14 @@ def _body(kind: type[_Body], params: SamplingParams, **content: object) -> _Body
 
 
 def _resolve(model: str | None, given: Mapping[str, object]) -> Settings:
-    table = options()
     words: list[str] = [] if model is None else ["--model-id", model]
-    for name, value in given.items():
-        option = table.get(name)
+    for word, value in given.items():
+        name = setting_named(word) or word
+        option = options().get(name)
         if option is None or name == "model_id" or option.is_internal or option.flag is None:
-            raise UsageError(f"LLM: there is no setting `{name}`. weft serve --help-all lists them.")
+            raise UsageError(f"LLM: there is no setting `{word}`. weft serve --help-all lists them.")
         if option.group in _SERVER_GROUPS:
-            raise UsageError(f"LLM: `{name}` is a setting of a server and means nothing here; leave it out.")
+            raise UsageError(f"LLM: `{word}` is a setting of a server and means nothing here; leave it out.")
         if value is not None:
             words.append(f"{option.flag}={_spelled(value)}")
     settings = resolve(words, os.environ)

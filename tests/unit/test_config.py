@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import re
 import stat
 import typing
 from pathlib import Path
 
 import pytest
 
+from weft.commands.help import all_settings
 from weft.config import Settings, load_settings, options, resolve, resolve_with_origins, save_settings
-from weft.config.options import INTEGER, INTEGERS, NAMES, NUMBER, SIZE, SWITCH, TRUTH
+from weft.config.options import INTEGER, INTEGERS, NAMES, NUMBER, SIZE, SWITCH, TOKENS, TRUTH
 from weft.errors import UsageError
 
 HOME = {"HOME": "/nonexistent"}
@@ -28,18 +30,23 @@ def faults_of(*argv: str, **environ: str) -> list[str]:
     return [fault.strip() for fault in faults]
 
 
+# Every flag of TGI 3.3.7's launcher, in the order of its table; None: TGI has no default or derives one.
 TGI_DEFAULTS = {
-    "sharded": None, "num_shard": None, "quantize": None, "speculate": None, "trust_remote_code": False,
+    "revision": None, "sharded": None, "num_shard": None, "quantize": None, "speculate": None, "dtype": "auto",
+    "kv_cache_dtype": "auto", "trust_remote_code": False, "lora_adapters": (), "rope_scaling": None,
+    "rope_factor": None, "tokenizer_config_path": None, "huggingface_hub_cache": None, "weights_cache_override": None,
+    "disable_custom_kernels": False, "cuda_memory_fraction": 1.0,
     "max_concurrent_requests": 128, "max_best_of": 2, "max_stop_sequences": 4, "max_top_n_tokens": 5,
     "max_input_tokens": None, "max_total_tokens": None, "waiting_served_ratio": 0.3, "max_batch_prefill_tokens": None,
-    "max_batch_total_tokens": None, "max_waiting_tokens": 20, "max_batch_size": None,
-    "cuda_graphs": (1, 2, 4, 8, 16, 32),
+    "max_batch_total_tokens": None, "max_waiting_tokens": 20, "max_batch_size": None, "max_client_batch_size": 4,
+    "validation_workers": 2, "disable_grammar_support": False, "enable_prefill_logprobs": False,
+    "payload_limit": 2_000_000, "max_image_fetch_size": 2**30, "watermark_gamma": 0.5, "watermark_delta": 2.0,
     "hostname": "0.0.0.0", "port": 3000, "prometheus_port": 9000, "shard_uds_path": "/tmp/text-generation-server",
-    "master_addr": "localhost", "json_output": False, "otlp_endpoint": None, "max_client_batch_size": 4,
-    "otlp_service_name": "text-generation-inference.router", "cors_allow_origin": (), "api_key": None,
-    "max_image_fetch_size": 2**30, "validation_workers": 2, "payload_limit": 2_000_000,
-    "disable_grammar_support": False, "cuda_memory_fraction": 1.0, "enable_prefill_logprobs": False,
-    "disable_custom_kernels": False, "graceful_termination_timeout": 90.0,
+    "master_addr": "localhost", "master_port": None, "api_key": None, "cors_allow_origin": (), "json_output": False,
+    "otlp_endpoint": None, "otlp_service_name": "text-generation-inference.router",
+    "graceful_termination_timeout": 90.0, "ngrok": False, "ngrok_authtoken": None, "ngrok_edge": None,
+    # Other defaults than TGI's: no CUDA graphs exist, and nothing is ever sent home.
+    "cuda_graphs": (0,), "usage_stats": "off",
 }  # fmt: skip
 
 
@@ -52,9 +59,65 @@ def test_a_setting_of_tgi_has_its_flag_its_variable_and_its_default(name: str, d
     assert getattr(settings_from(), name) == default
 
 
+def test_the_other_spellings_of_tgi_are_read() -> None:
+    assert settings_from("--model-id", "a").model_id == settings_from(MODEL_ID="a").model_id == "a"
+    assert settings_from("--max-input-length", "7").max_input_tokens == 7
+    assert settings_from(MAX_INPUT_LENGTH="7").max_input_tokens == 7
+    assert settings_from("-p", "1").port == 1
+    assert settings_from("-g", "1").graceful_termination_timeout == 1
+    assert settings_from("-e").env is settings_from("--env").env is True
+    assert settings_from(CORS_ALLOW_ORIGIN="https://a.b").cors_allow_origin == ("https://a.b",)
+    assert settings_from(LOG_LEVEL="debug", LOG_COLORIZE="true").log_level == "debug"
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN"):
+        assert settings_from(**{variable: "hf_x"}).hub_token == "hf_x"
+    assert settings_from(HF_HUB_OFFLINE="1").offline is True
+    assert settings_from(PREFIX_CACHING="0").prefix_caching is False
+
+
+def test_tgi_has_no_flag_that_is_missing_here() -> None:
+    of_tgi = {name for name, option in options().items() if option.is_tgi and option.flag is not None}
+
+    # Read from TGI's variable, without a flag of its own there, or with another default.
+    assert of_tgi == {*TGI_DEFAULTS, "model_id", "prefix_caching", "log_level", "log_colorize"}
+
+
+SOURCE = Path(__file__).parents[2] / "src" / "weft"
+
+
+def read_fields() -> set[str]:
+    """Every setting that any module outside the table reads."""
+    found = set()
+    for file in SOURCE.rglob("*.py"):
+        if file.parent != SOURCE / "config" or file.name == "contradictions.py":
+            found |= set(re.findall(r"\b(?:_?settings|settled|s)\.([a-z][a-z0-9_]*)\b", file.read_text()))
+    return found
+
+
+def test_every_setting_is_read_by_somebody_or_refused_or_said_to_be_idle() -> None:
+    """A setting that nobody reads would be ignored in silence."""
+    read = read_fields() | {"config"}  # where the file is: read while settings are resolved
+    for name, option in options().items():
+        if option.works is None and not option.idle:
+            assert name in read, f"nobody reads {name}: consume it, refuse it (`works`) or say so (`idle`)"
+
+
+NOT_YET = {
+    "quantize": "awq", "cuda_graphs": "1,2", "speculate": "2", "http_workers": "2", "kv_cache_dtype": "fp8_e5m2",
+    "max_image_fetch_size": "1MB", "rope_scaling": "dynamic", "rope_factor": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, option in options().items() if option.works is not None])
+def test_what_does_not_exist_yet_is_refused_by_its_flag(name: str) -> None:
+    (fault,) = faults_of(f"{options()[name].flag}={NOT_YET.get(name, 'true')}")
+
+    assert fault.startswith(f"{options()[name].flag}: ")
+    assert "is not supported yet; leave it out" in fault
+
+
 def test_every_setting_has_a_help_text_a_group_and_a_kind_that_fits_its_type() -> None:
     hints = typing.get_type_hints(Settings)
-    by_kind = {INTEGER: int, NUMBER: float, SWITCH: bool, TRUTH: bool, SIZE: int, NAMES: tuple[str, ...],
+    by_kind = {INTEGER: int, TOKENS: int, NUMBER: float, SWITCH: bool, TRUTH: bool, SIZE: int, NAMES: tuple[str, ...],
                INTEGERS: tuple[int, ...]}  # fmt: skip
 
     for name, option in options().items():
@@ -105,6 +168,15 @@ def test_a_flag_beats_the_environment_which_beats_the_file(tmp_path: Path) -> No
         (["--cuda-graphs", "0"], "cuda_graphs", (0,)),
         (["--served-model-name", "a,b", "--served-model-name", "c"], "served_model_name", ("a", "b", "c")),
         (["--cors-allow-origin", "https://a.org"], "cors_allow_origin", ("https://a.org",)),
+        (["--dtype", "half"], "dtype", "float16"),
+        (["--dtype", "float"], "dtype", "float32"),
+        (["--max-model-len", "32K"], "max_total_tokens", 32_768),
+        (["--max-total-tokens", "1.5k"], "max_total_tokens", 1500),
+        (["--max-num-batched-tokens", "2k"], "max_batch_prefill_tokens", 2000),
+        (["--max-num-batched-tokens", "1M"], "max_batch_prefill_tokens", 2**20),
+        (["--enable-prefix-caching"], "prefix_caching", True),
+        (["--served-model-name", "a"], "served_model_name", ("a",)),
+        (["--api-key", "k"], "api_key", "k"),
         (["--waiting-served-ratio", ".5"], "waiting_served_ratio", 0.5),
         (["--speculate", "0"], "speculate", 0),
         (["--max-input-length", "7"], "max_input_tokens", 7),
@@ -131,10 +203,17 @@ def test_a_flag_is_read(argv: list[str], name: str, value: object) -> None:
         ("--model", "m", "model_id"),
         ("--block-size", "16", "block_size_tokens"),
         ("--download-dir", "/x", "huggingface_hub_cache"),
+        ("--max-num-batched-tokens", "512", "max_batch_prefill_tokens"),
+        ("--gpu-memory-utilization", "0.5", "cuda_memory_fraction"),
+        ("--quantization", "int8", "quantize"),
+        ("--otlp-traces-endpoint", "localhost:1", "otlp_endpoint"),
+        ("--uvicorn-log-level", "debug", "log_level"),
     ],
 )
-def test_another_servers_flag_works_and_its_name_here_is_said(alias: str, value: str, name: str) -> None:
+def test_another_servers_flag_works_hidden_and_its_name_here_is_said(alias: str, value: str, name: str) -> None:
     resolution = resolve_with_origins([alias, value], HOME)
+
+    assert f"{alias} " not in all_settings()
 
     assert str(getattr(resolution.settings, name)) == value
     assert resolution.notes == (f"{alias} is {options()[name].flag} here.",)
@@ -192,6 +271,11 @@ MUTANTS = [
     (["--watermark-gamma", "1.5"], "--watermark-gamma: must be a number from 0 to 1"),
     (["--watermark-gamma", "nan"], "--watermark-gamma: must be a number"),
     (["--waiting-served-ratio", "-0.1"], "--waiting-served-ratio: must be a number of at least 0"),
+    (["--cuda-graphs", "1,2"], "--cuda-graphs: '1,2' is not supported yet; leave it out or use 0."),
+    (["--max-model-len", "32Q"], "--max-total-tokens: must be a whole number, or one such as 8k (8,000) or 8K (8,192)"),
+    (["--max-model-len", "-1"], "--max-total-tokens: must be a whole number"),
+    (["--response-store", "/no/such/x.sqlite"], "--response-store: must be a file that can be written"),
+    (["--response-store", "/"], "--response-store: must be a file that can be written"),
     (["--cuda-graphs", "1,,2"], "--cuda-graphs: must be whole numbers separated by commas"),
     (["--cuda-graphs=-1"], "--cuda-graphs: must be"),
     (["--cuda-memory-fraction", "1.1"], "--cuda-memory-fraction: must be"),
@@ -323,7 +407,11 @@ def test_the_origins_that_lost_are_known(tmp_path: Path) -> None:
     [
         ([], {}, None),
         (["--waiting-served-ratio", "0.3"], {}, "--waiting-served-ratio has no effect"),
-        ([], {"MAX_WAITING_TOKENS": "20"}, "--max-waiting-tokens has no effect"),
+        ([], {"MAX_WAITING_TOKENS": "0"}, "--max-waiting-tokens has no effect"),
+        (["--prometheus-port", "9100"], {}, "--prometheus-port has no effect: metrics are at /metrics of --port"),
+        ([], {"USAGE_STATS": "on"}, "--usage-stats has no effect: no usage statistics are ever sent."),
+        (["--usage-stats", "off", "--no-disable-custom-kernels"], {"ENABLE_PREFILL_LOGPROBS": "false"}, None),
+        (["--enable-prefill-logprobs"], {}, "--enable-prefill-logprobs has no effect: clients may always ask"),
         (["--max-waiting-tokens", "1"], {"WAITING_SERVED_RATIO": "1"},
          "--waiting-served-ratio and --max-waiting-tokens have no effect"),
     ],
@@ -352,6 +440,23 @@ def test_vertex_ai_sets_port_and_paths() -> None:
 
     assert (s.port, s.aip_predict_route, s.aip_health_route) == (8080, "/v1/endpoints/1:predict", "/ok")
     assert "$AIP_HEALTH_ROUTE: must be the path of a route" in faults_of(AIP_HEALTH_ROUTE="{x}")[0]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_tokenizer_config_that_is_none_is_found_before_anything_is_loaded(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "tokenizer_config.json"
+    file.write_bytes(content)
+
+    (fault,) = faults_of("--tokenizer-config-path", str(file))
+
+    assert fault.startswith("--tokenizer-config-path: must be a JSON file")
+
+
+def test_a_place_for_responses_may_be_new_or_old_and_must_be_writable(tmp_path: Path) -> None:
+    for place in ("memory", "off", str(tmp_path / "new.sqlite")):
+        assert settings_from("--response-store", place).response_store == place
+    (tmp_path / "old.sqlite").touch()
+    assert settings_from("--response-store", str(tmp_path / "old.sqlite"))
 
 
 def test_all_faults_are_reported_together() -> None:

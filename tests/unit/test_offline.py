@@ -336,3 +336,32 @@ def test_nothing_is_written_to_standard_output(checkpoint: Path) -> None:
     code = "import sys, weft; weft.LLM(sys.argv[1], kv_pool_bytes='4MiB').generate('hi')"
     result = subprocess.run([sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("ask", "named"),
+    [
+        (lambda llm: llm.generate(None), "`prompts` must be a text, or a list"),
+        (lambda llm: llm.generate(5), "`prompts` must be"),
+        (lambda llm: llm.generate([5]), "`prompt` must be a text or a list of token ids. Given: 5"),
+        (lambda llm: llm.generate(["a", None]), "`prompt` must be"),
+        (lambda llm: llm.generate([[1, "2"]]), "`prompt` must be"),
+        (lambda llm: llm.generate([[1, True]]), "`prompt` must be"),
+        (lambda llm: llm.generate("a", "x"), "`params` must be"),
+        (lambda llm: llm.generate("a", {"max_tokens": 1}), "`params` must be"),
+        (lambda llm: llm.stream("a", "x"), "`params` must be"),
+        (lambda llm: llm.stream(None), "`prompt` must be"),
+        (lambda llm: llm.chat("hello"), "`messages` must be a conversation"),
+        (lambda llm: llm.chat(None), "`messages` must be a conversation"),
+        (lambda llm: llm.generate("a", SamplingParams(stop=5)), "stop"),
+        (lambda llm: llm.generate("a", SamplingParams(logit_bias=5)), "logit_bias"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(llm: LLM, ask, named: str) -> None:
+    with pytest.raises(ValidationError, match=named.replace("(", r"\(")):
+        ask(llm)
+
+
+def test_settings_may_have_the_names_of_other_servers(checkpoint: Path) -> None:
+    with LLM(checkpoint, **SETTINGS, max_model_len=16) as llm:
+        assert llm.info.max_total_tokens == 16

@@ -20,6 +20,7 @@ from weft_client import (
     CompletionOptions,
     ConnectionFailedError,
     GenerateOptions,
+    InvalidArgumentError,
     InvalidRequestError,
     NotFoundError,
     NotReadyError,
@@ -369,3 +370,49 @@ def test_neither_the_server_nor_torch_is_loaded() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert [name for name in weft_client.__all__ if not hasattr(weft_client, name)] == []
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("url", "settings", "named"),
+    [
+        ("server.test", {}, "`base_url` must be http://HOST:PORT"),
+        ("ftp://server.test", {}, "`base_url`"),
+        ("http://server.test:port", {}, "`base_url`"),
+        (5, {}, "`base_url`"),
+        ("http://server.test", {"api_key": "schlüssel"}, "`api_key` must be printable ASCII"),
+        ("http://server.test", {"api_key": "two\nlines"}, "`api_key`"),
+        ("http://server.test", {"timeout_s": 0}, "`timeout_s` must be more than 0. Given: 0"),
+        ("http://server.test", {"timeout_s": float("nan")}, "`timeout_s`"),
+        ("http://server.test", {"max_retries": -1}, "`max_retries` must be 0 or more. Given: -1"),
+    ],
+)
+def test_a_wrong_argument_of_a_client_is_named_at_once(kind: Any, url: Any, settings: Any, named: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=named) as caught:
+        kind(url, **settings)
+    assert "schl" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": float("nan")}, "`temperature` must be a finite number. Given: nan"),
+        ({"logit_bias": {"5": float("inf")}}, r"`logit_bias.5` must be a finite number"),
+        ({"stop": ["\ud800"]}, r"`stop\[0\]` must be valid Unicode"),
+        ({"user": object()}, "cannot be written as JSON"),
+    ],
+)
+def test_what_json_cannot_say_is_refused_before_anything_is_sent(options: Any, named: str) -> None:
+    script = Script()
+
+    with pytest.raises(InvalidArgumentError, match=named):
+        script.client.chat(MESSAGES, **options)
+
+    assert script.requests == []
+
+
+def test_messages_that_are_none_go_to_the_server_which_says_so() -> None:
+    script = Script(httpx2.Response(422, json={"error": {"message": "`messages` must be a list"}}))
+
+    with pytest.raises(InvalidRequestError, match="`messages`"):
+        script.client.chat(None)

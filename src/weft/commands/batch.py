@@ -84,8 +84,9 @@ def _endpoint(
 
 def _run(run: BatchRun, num_requests: int, num_done: int, console: Console) -> bool:
     """Drive the run under a progress bar. False: interrupted."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    counts = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("requests", total=num_requests, completed=num_done)
 
         def show(outcome: Outcome) -> None:

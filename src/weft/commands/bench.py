@@ -54,12 +54,15 @@ def bench(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Measure and print; 0 when every request was answered in full, else 1."""
     arguments = _parse(argv)
     endpoint = find_endpoint(arguments.url, environ)
+    target = _target(endpoint)
+    if arguments.json:
+        _check_writable(Path(arguments.json))
     with endpoint.client() as client:
         model = arguments.model or served_model(client, endpoint)
-    sweep = Sweep(_target(endpoint), model, arguments)
+    sweep = Sweep(target, model, arguments)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("calibrating", total=sweep.num_runs)
         points: list[SweepPoint] = uvloop.run(sweep.run(lambda text: bar.update(task, advance=1, description=text)))
     parameters = _parameters(arguments, model, endpoint)
@@ -217,8 +220,17 @@ def _parameters(arguments: argparse.Namespace, model: str, endpoint: Endpoint) -
     }
 
 
+def _check_writable(path: Path) -> None:
+    """Before minutes are spent on measuring. Raises UsageError."""
+    _tell_unwritable(path, lambda: path.open("a").close())
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
+    _tell_unwritable(path, lambda: path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def _tell_unwritable(path: Path, write: Callable[[], object]) -> None:
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write()
     except OSError as error:
         raise UsageError(f"--json: cannot write {path}: {error.strerror}.") from error

@@ -308,10 +308,17 @@ def chat(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         )
         if sys.stdin.isatty():
             return _converse(conversation)
-        text = sys.stdin.read().strip()
+        text = _piped_text()
         if not text:
             raise UsageError("weft chat: nothing was piped in. Pipe a question, or run it in a terminal.")
         return 0 if conversation.ask(text) else 130
+
+
+def _piped_text() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"weft chat: what was piped in is not UTF-8 (byte {error.start}).") from error
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -7,14 +7,28 @@ from weft.config import Resolution, options, resolve_with_origins
 from weft.errors import UsageError
 from weft.launcher import layout
 
+_USAGE = "usage: weft config show [MODEL] [--setting value …]"
+_HELP = f"""\
+{_USAGE}
+
+Print every setting that `weft serve` with the same arguments, environment and --config file would have: its name,
+its value, where the value comes from (a flag, $VARIABLE, a file, this machine, default) and why.
+
+  weft config show --config weft.toml --max-total-tokens 4096
+  PORT=8080 weft config show
+"""
+
 _LEFT_TO_THE_SYSTEM = {"master_port"}
 """Settled by the launcher, too, but to another value at each start."""
 
 
 def config(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Print name, value, origin and reason of each setting, as `weft serve` with the same arguments would see them."""
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(_HELP)
+        return 0
     if not argv or argv[0] != "show":
-        raise UsageError("usage: weft config show [MODEL] [--setting value …]")
+        raise UsageError(_USAGE)
     rows = list(_rows(resolve_with_origins(argv[1:], environ), environ))
     widths = [min(44, max(len(row[column]) for row in rows)) for column in range(3)]
     for row in rows:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from weft.config import resolve
@@ -21,9 +22,8 @@ def download(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return 0
     settings = resolve(list(_without_tgi_options(argv)), environ)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    from rich.console import Console
-
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(settings.shown_model_name, total=100)
 
         def report(progress: fetched.Progress) -> None:

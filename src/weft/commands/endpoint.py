@@ -66,13 +66,18 @@ def find_endpoint(url: str | None, environ: Mapping[str, str]) -> Endpoint:
 
 
 def _root(url: str) -> str:
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    fault = UsageError(f"--url: must be http://HOST:PORT or https://HOST, without a user name. Given: {url[:200]!r}")
     try:
-        has_port = parts.port is None or parts.port > 0
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+    except ValueError:  # half of the brackets of an IPv6 address
+        raise fault from None
+    try:
+        # "host:" is a host without its port, and "http:/host" a host with the name http.
+        has_port = (parts.port is None and not parts.netloc.endswith(":")) or bool(parts.port)
     except ValueError:
         has_port = False
     if parts.scheme not in {"http", "https"} or not parts.hostname or not has_port or parts.username is not None:
-        raise UsageError(f"--url: must be http://HOST:PORT or https://HOST, without a user name. Given: {url[:200]!r}")
+        raise fault
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 

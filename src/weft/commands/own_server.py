@@ -92,8 +92,10 @@ def _progress_of(answer: httpx2.Response) -> str:
 
 def _last_lines(output: IO[bytes]) -> list[str]:
     output.seek(0)
-    text = output.read().decode(errors="replace")
-    return [line.removeprefix("Error: ") for line in text.splitlines() if line.strip()][-_NUM_SHOWN_LINES:]
+    lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
+    reasons = [place for place, line in enumerate(lines) if line.startswith("Error: ")]
+    shown = lines[reasons[-1] :] if reasons else lines
+    return [line.removeprefix("Error: ") for line in shown][-_NUM_SHOWN_LINES:]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -16,6 +16,7 @@ from weft.config.options import SIZE
 from weft.errors import DoesNotFitError, ModelNotFoundError
 from weft.kernels import processor
 from weft.launcher.download import fetch, find_present, parse_hub_reference
+from weft.launcher.fetched import fault_of_model
 from weft.launcher.layout import count_visible_gpus
 from weft.models.registry import describe, describe_config
 from weft.models.spec import ModelDescription
@@ -33,9 +34,9 @@ def plan(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     arguments, rest = _parse(argv)
     settings = resolve(rest, environ)
     device_type = _device_type(settings, environ)
-    description = _describe(settings)
+    description, file_bytes = _describe(settings)
     machine = Machine(device_type=device_type, available_bytes=_available_bytes(arguments, settings, device_type))
-    found = forecast(description, settings, machine, _dtype(settings, device_type))
+    found = forecast(description, settings, machine, _dtype(settings, device_type), file_bytes)
     if arguments.json:
         sys.stdout.write(json.dumps(_as_json(found, settings), indent=2) + "\n")
     else:
@@ -96,10 +97,11 @@ def _free_gpu_bytes() -> int:
     return min(free_mebibytes) * 2**20
 
 
-def _describe(settings: Settings) -> ModelDescription:
+def _describe(settings: Settings) -> tuple[ModelDescription, int]:
+    """What the headers say, and the size of a GGUF file."""
     present = find_present(settings.model_id, settings)
     if present is not None:
-        return describe(present.path)
+        return _describe_path(present.path, settings)
     if settings.model_id.startswith("pypi:"):
         raise ModelNotFoundError("weft plan: the model is not in the cache yet. Run `weft download` first.")
     repository, file_name = parse_hub_reference(settings.model_id)
@@ -109,10 +111,17 @@ def _describe(settings: Settings) -> ModelDescription:
         if settings.offline:
             raise
     else:
-        return describe(cached.path)
+        return _describe_path(cached.path, settings)
     if file_name is not None:
         raise ModelNotFoundError(f"weft plan: {file_name} is not in the cache yet. Run `weft download` first.")
-    return _describe_from_hub(repository, settings)
+    return _describe_from_hub(repository, settings), 0
+
+
+def _describe_path(path: Path, settings: Settings) -> tuple[ModelDescription, int]:
+    try:
+        return describe(path), path.stat().st_size if path.is_file() else 0
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(fault_of_model(settings.model_id, error.message)) from error
 
 
 def _describe_from_hub(repository: str, settings: Settings) -> ModelDescription:
@@ -152,11 +161,11 @@ def _as_json(found: Forecast, settings: Settings) -> dict[str, object]:
 
 def _lines(found: Forecast, settings: Settings, device_type: str) -> list[str]:
     per_rank = f" on each of {found.world_size} ranks" if found.world_size > 1 else ""
-    decoded = "" if found.stored_dtype == found.dtype else f", stored as {found.stored_dtype}"
+    decoded = "" if found.weights_kept_as.startswith(found.stored_dtype) else f", stored as {found.stored_dtype}"
     rows = [
         ("model", f"{settings.shown_model_name}: {found.model_type}, {found.num_parameters / 1e6:,.0f} M parameters"),
         ("memory", f"{_bytes(found.available_bytes)} free ({device_type}){per_rank}"),
-        ("weights", f"{_bytes(found.weights_bytes)} in {found.dtype}{decoded}"),
+        ("weights", f"{_bytes(found.weights_bytes)} in {found.weights_kept_as}{decoded}"),
         ("activations", f"{_bytes(found.activation_bytes)} at most"),
         ("KV pool", f"{_bytes(found.kv_pool_bytes)} = {found.pool_tokens:,} tokens × {found.kv_bytes_per_token:,} B"),
         ("context", f"{found.context:,} tokens per request, the model knows {found.model_context:,}"),
@@ -170,7 +179,8 @@ def _verdict(found: Forecast) -> str:
     if not found.fits:
         return (
             f"It does not fit: {_bytes(found.missing_bytes)} are missing. Free memory, use a smaller model, "
-            "a smaller --dtype, --kv-pool-bytes or --max-batch-prefill-tokens, or more ranks (--num-shard)."
+            "--quantize int8 or int4, a smaller --dtype, --kv-pool-bytes or --max-batch-prefill-tokens, or more ranks "
+            "(--num-shard)."
         )
     if found.context < found.model_context:
         return "It fits, with a context shorter than the model knows; --kv-pool-bytes and --max-total-tokens say more."

@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 
 from weft.config import Settings
+from weft.errors import DeviceError
 from weft.limits import LIMITS
-from weft.models.spec import DTYPE_BYTES, ModelDescription
+from weft.models.spec import DTYPE_BYTES, ModelDescription, WeightFormat
 from weft.runner import host_memory
 from weft.scheduler.config import DEFAULT_BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_PREFILL_TOKENS
+
+_LAYER_BITS = {"int8": 8, "int4": 4}
+_GROUP_SCALE_BYTES = 4
+"""A scale and a minimum in half precision."""
+_OUTPUT_BYTES = 12
+"""Sums of codes and what fills the last panel, per output; found by loading models of several widths."""
 
 STREAM_LENGTHS_TOKENS = (1024, 4096, 16384)
 """Contexts for which the number of streams is told, beside the longest one."""
@@ -28,6 +35,9 @@ class Forecast:
     model_type: str
     stored_dtype: str
     dtype: str
+    """Of activations, and of cached keys and values."""
+    weights_kept_as: str
+    """The dtype, or the format with fewer bits that weights are multiplied in."""
     num_parameters: int
     world_size: int
     weights_bytes: int
@@ -51,16 +61,22 @@ class Forecast:
         return self.missing_bytes == 0
 
 
-def forecast(description: ModelDescription, settings: Settings, machine: Machine, dtype: str) -> Forecast:
+def forecast(
+    description: ModelDescription, settings: Settings, machine: Machine, dtype: str, file_bytes: int = 0
+) -> Forecast:
     """Divide the memory as the start-up does: weights first, then activations, then the pool.
 
-    dtype   of weights in memory and of the KV pool: quantized files are decoded while they are loaded
+    dtype        of the KV pool, and of weights: quantized files are decoded while they are loaded unless
+                 `--gguf-compute packed` keeps them, and `--quantize` rounds what is loaded
+    file_bytes   of a GGUF file
 
     Raises   DoesNotFitError: more ranks than heads
+             DeviceError: weights of few bits anywhere but on the CPU
     """
     world_size = settings.num_shard or 1
     block_size = settings.block_size_tokens or DEFAULT_BLOCK_SIZE_TOKENS[machine.device_type]
-    weights_bytes = -(-description.weights_bytes(dtype) // world_size)
+    all_weights_bytes, weights_kept_as = _weights(description, settings, machine.device_type, dtype, file_bytes)
+    weights_bytes = -(-all_weights_bytes // world_size)
     per_token = description.kv_bytes_per_token(dtype, world_size=world_size)
     num_sequences = settings.max_batch_size or min(LIMITS.max_num_sequences, settings.max_concurrent_requests)
     activation_bytes = host_memory.activation_bytes(
@@ -87,6 +103,7 @@ def forecast(description: ModelDescription, settings: Settings, machine: Machine
         model_type=description.model_type,
         stored_dtype=description.stored_dtype,
         dtype=dtype,
+        weights_kept_as=weights_kept_as,
         num_parameters=description.num_parameters,
         world_size=world_size,
         weights_bytes=weights_bytes,
@@ -99,6 +116,42 @@ def forecast(description: ModelDescription, settings: Settings, machine: Machine
         context=context,
         streams=_streams(context, pool_tokens, block_size, num_sequences),
         missing_bytes=max(0, least_bytes - usable_bytes),
+    )
+
+
+def _weights(
+    description: ModelDescription, settings: Settings, device_type: str, dtype: str, file_bytes: int
+) -> tuple[int, str]:
+    """(bytes of all ranks together, what they are kept as)."""
+    is_packed = settings.gguf_compute == "packed" and description.weight_format is WeightFormat.GGUF
+    if settings.quantize is None and not is_packed:
+        return description.weights_bytes(dtype), dtype
+    if device_type != "cpu":
+        flag = f"--quantize: {settings.quantize}" if settings.quantize else "--gguf-compute: packed"
+        raise DeviceError(f"{flag} has kernels for the CPU. Use --device cpu, or leave it out.")
+    if settings.quantize is None:
+        return file_bytes, f"{description.stored_dtype} (packed)"
+    group_size = int(settings.quantize_group_size)
+    name = f"int4 (groups of {group_size})" if settings.quantize == "int4" else settings.quantize
+    return _rounded_bytes(description, _LAYER_BITS[settings.quantize], group_size, DTYPE_BYTES[dtype]), name
+
+
+def _rounded_bytes(description: ModelDescription, layer_bits: int, group_size: int, element_bytes: int) -> int:
+    """Matrices with few bits per weight, the vocabulary always with 8; norms and biases in full."""
+
+    def matrix_bytes(out_features: int, in_features: int, bits: int) -> int:
+        scale_bytes = _GROUP_SCALE_BYTES * (1 if bits == 8 else -(-in_features // group_size))
+        return out_features * (in_features * bits // 8 + scale_bytes + _OUTPUT_BYTES)
+
+    spec = description.spec
+    linears = [linear for layer in spec.layers for linear in layer.linears()]
+    num_vocabularies = 1 if spec.is_tied else 2
+    in_matrices = sum(linear.out_features * linear.in_features for linear in linears)
+    in_matrices += num_vocabularies * spec.vocab_size * spec.hidden_size
+    return (
+        sum(matrix_bytes(linear.out_features, linear.in_features, layer_bits) for linear in linears)
+        + num_vocabularies * matrix_bytes(spec.vocab_size, spec.hidden_size, 8)
+        + (description.num_parameters - in_matrices) * element_bytes
     )
 
 

@@ -11,6 +11,27 @@ from collections.abc import Mapping, Sequence
 from weft import __version__
 from weft.commands import standalone
 
+_ROUTER_HELP = """\
+usage: weft router [--setting value …]     (also: text-generation-router)
+
+Serve HTTP for a shard that runs already. Settings are those of `weft serve` (weft serve --help-all), and:
+
+  --master-shard-uds-path PATH  the shard's socket. Default: /tmp/text-generation-server-0
+  --tokenizer-name MODEL        the model that the shard serves: its tokenizer and templates are read (--model-id)
+
+weft router print-schema writes the OpenAPI document.
+"""
+_SHARD_HELP = """\
+usage: weft shard MODEL [--setting value …]     (also: text-generation-server serve)
+
+Load a model and serve it to a router on a socket. Settings are those of `weft serve` (weft serve --help-all), and:
+
+  --uds-path PREFIX     the socket is PREFIX-0. Default: /tmp/text-generation-server
+  --logger-level LEVEL  as --log-level
+
+Several ranks find each other through `weft serve --num-shard N`.
+"""
+
 
 def router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the router; `print-schema` writes the OpenAPI document, as TGI's does."""
@@ -20,6 +41,9 @@ def router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         )
         sys.stdout.write(document.decode() + "\n")
         return 0
+    if _asks_for_help(argv):
+        sys.stdout.write(_ROUTER_HELP)
+        return 0
     if _is_for_module(argv):
         return _run("weft.router.main", argv)
     return standalone.run_router(argv, environ)
@@ -27,13 +51,20 @@ def router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def shard(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run one shard."""
+    if _asks_for_help(argv):
+        sys.stdout.write(_SHARD_HELP)
+        return 0
     if _is_for_module(argv):
         return _run("weft.server.main", argv)
     return standalone.run_shard(argv, environ)
 
 
 def _is_for_module(argv: Sequence[str]) -> bool:
-    return bool({"--run-dir", "--help", "-h"}.intersection(word.partition("=")[0] for word in argv))
+    return "--run-dir" in (word.partition("=")[0] for word in argv)
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return "--help" in argv or "-h" in argv
 
 
 def _run(module: str, argv: Sequence[str]) -> int:

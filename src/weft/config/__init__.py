@@ -10,7 +10,7 @@
 Why a table of our own: docs/adr/0006-config-table.md.
 """
 
-from weft.config.resolve import Resolution, resolve, resolve_with_origins
+from weft.config.resolve import Resolution, resolve, resolve_with_origins, setting_named
 from weft.config.settings import DEFAULT_MODEL, DEFAULT_MODEL_SAMPLING, GROUPS, Settings, default_of, options
 from weft.config.store import load_settings, save_settings
 
@@ -26,4 +26,5 @@ __all__ = [
     "resolve",
     "resolve_with_origins",
     "save_settings",
+    "setting_named",
 ]

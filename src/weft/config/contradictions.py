@@ -1,6 +1,8 @@
 """Settings that are right alone and wrong together, or that name something that is not there."""
 
 import ipaddress
+import json
+import os
 import re
 import socket
 import threading
@@ -68,8 +70,10 @@ def _origin_faults(origins: Sequence[str]) -> Iterator[str]:
 
 
 def _missing_files(settings: Settings) -> Iterator[str]:
-    if settings.tokenizer_config_path is not None and not Path(settings.tokenizer_config_path).is_file():
-        yield f"--tokenizer-config-path: no file {quoted(settings.tokenizer_config_path)}."
+    if settings.tokenizer_config_path is not None:
+        yield from _tokenizer_config_faults(Path(settings.tokenizer_config_path))
+    if settings.response_store not in {None, "memory", "off"}:
+        yield from _response_store_faults(Path(str(settings.response_store)))
     if settings.weights_cache_override is not None and not Path(settings.weights_cache_override).is_dir():
         yield f"--weights-cache-override: no directory {quoted(settings.weights_cache_override)}."
     parent = Path(settings.shard_uds_path).parent
@@ -77,6 +81,32 @@ def _missing_files(settings: Settings) -> Iterator[str]:
         yield f"--shard-uds-path: no directory {quoted(str(parent))} to make the private directory in."
     if len(settings.shard_uds_path.encode()) > _MAX_SOCKET_PREFIX_BYTES:
         yield f"--shard-uds-path: is too long for a socket's name; at most {_MAX_SOCKET_PREFIX_BYTES} bytes."
+
+
+def _tokenizer_config_faults(path: Path) -> Iterator[str]:
+    """A file that is no tokenizer_config.json would otherwise be found out when the model is loaded."""
+    if not path.is_file():
+        yield f"--tokenizer-config-path: no file {quoted(str(path))}."
+        return
+    try:
+        is_object = isinstance(json.loads(path.read_bytes()), dict)
+    except OSError as error:
+        yield f"--tokenizer-config-path: cannot read {quoted(str(path))}: {error.strerror}."
+        return
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        yield f"--tokenizer-config-path: must be a JSON file as tokenizer_config.json is. Given: {quoted(str(path))}."
+
+
+def _response_store_faults(path: Path) -> Iterator[str]:
+    """Answers are kept much later, where nobody looks for a mistake in a path."""
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
+        yield (
+            "--response-store: must be a file that can be written in a directory that exists, memory, or off. "
+            f"Given: {quoted(str(path))}."
+        )
 
 
 def is_ip_address(text: str) -> bool:

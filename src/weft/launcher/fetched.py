@@ -21,6 +21,11 @@ class FetchedModel:
     """Commit of a hub model, sha256 of a registry member; None for local paths."""
 
 
+def fault_of_model(reference: str, message: str) -> str:
+    """What is wrong with a model, with the flag that named it; messages that name a flag stay as they are."""
+    return message if message.startswith("--") else f"--model-id {reference}: {message}"
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a download has come."""

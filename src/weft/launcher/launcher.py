@@ -24,7 +24,7 @@ from weft.config import Settings, save_settings
 from weft.errors import ModelNotFoundError, StartupError
 from weft.launcher import banner, layout
 from weft.launcher.download import find_present
-from weft.launcher.fetched import FetchedModel
+from weft.launcher.fetched import FetchedModel, fault_of_model
 from weft.launcher.relay import ENVELOPE_FIELDS, Event, LogRelay, parse_event
 from weft.launcher.supervise import Child, ChildSpec, RestartPolicy
 from weft.telemetry import logging as weft_logging
@@ -84,7 +84,11 @@ def launch(
     layout.check_port(settled.hostname, settled.port)
     present = find_present(settled.model_id, settled)
     with layout.private_directory(settled) as run_dir:
-        return asyncio.run(Launcher(settled, environ, run_dir, started, programs).run(present))
+        launcher = Launcher(settled, environ, run_dir, started, programs)
+        status = asyncio.run(launcher.run(present))
+    if launcher.failure and not settings.json_output:
+        sys.stderr.write(f"Error: {launcher.failure}\n")  # last, so that nobody has to search the log for it
+    return status
 
 
 class Launcher:
@@ -112,6 +116,9 @@ class Launcher:
         self._progress_shown_at = started
         self._download_s = 0.0
         self._is_stopping = False
+        self._startup_fault = ""
+        self.failure = ""
+        """Why the server ended, for a user; empty: it was told to."""
         self._stop_asked = asyncio.Event()
         self._hurry_asked = asyncio.Event()
 
@@ -139,6 +146,9 @@ class Launcher:
     def _explain(self, failure: BaseException | None) -> int:
         """Tell user and router why the server ends; returns the exit code."""
         if isinstance(failure, ChildFailed):
+            self.failure = self._startup_fault or str(failure)
+            if failure.exit_code == ModelNotFoundError.exit_code:
+                self.failure = fault_of_model(self._settings.model_id, self.failure)
             self._become("failed", message=str(failure))
             self._log.error("launcher.failed", reason=str(failure))
             return failure.exit_code
@@ -330,6 +340,8 @@ class Launcher:
         else:
             if event["event"] == "router.ready":
                 self._router_ready.set()
+            elif event["event"] == "startup.failed" and not rank:
+                self._startup_fault = str(event.get("message", ""))
             self._relay.show_event(child.name, rank, line, event)
 
     def _on_progress(self, event: Event) -> None:

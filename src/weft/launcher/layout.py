@@ -109,12 +109,18 @@ def private_directory(settings: Settings) -> Iterator[Path]:
     """A directory for sockets and settings that only this user can enter, gone afterwards.
 
     A launcher that was killed leaves its directory behind; it is recognised by a lock that nobody holds and removed
-    by the next launcher with the same prefix.
+    by the next launcher with the same prefix. Raises UsageError where nothing can be written.
     """
     prefix = Path(settings.shard_uds_path)
     for left_over in prefix.parent.glob(prefix.name + "-*"):
         _remove_if_abandoned(left_over)
-    directory = Path(tempfile.mkdtemp(prefix=prefix.name + "-", dir=prefix.parent))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=prefix.name + "-", dir=prefix.parent))
+    except OSError as error:
+        raise UsageError(
+            f"--shard-uds-path: cannot make a directory in {str(prefix.parent)!r} ({error.strerror}); choose a prefix "
+            "where this user may write."
+        ) from error
     lock = os.open(directory / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

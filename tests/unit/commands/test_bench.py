@@ -200,3 +200,18 @@ def test_a_sweep_without_any_answer_still_has_a_page():
     point = summarize_runs(1, [[reply(0, 0, 0, 0, error="reset")]])
     assert "–" in tables({"Model": None}, [point])
     assert "0.0" in chart([point])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--json", "/no/such/directory/x.json"], "--json: cannot write /no/such/directory/x.json"),
+        (["--url", "https://server.test"], "--url: the benchmark measures plain http"),
+    ],
+)
+def test_what_would_fail_in_the_end_fails_before_anything_is_measured(flags, named):
+    with WordServer() as server:
+        with pytest.raises(UsageError, match=named):
+            bench(["-b", "1", *([] if "--url" in flags else ["--url", server.url]), *flags], {})
+
+        assert server.bodies == []

@@ -171,3 +171,11 @@ def test_only_exit_leaves(line, stays):
 def test_wrong_flags_are_named(argv, named):
     with pytest.raises(UsageError, match=named):
         chat(argv, {})
+
+
+def test_what_is_piped_in_must_be_text(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    monkeypatch.setattr("weft.commands.chat.served_model", lambda *_: "m")
+
+    with pytest.raises(UsageError, match=r"what was piped in is not UTF-8 \(byte 3\)"):
+        chat([], {})

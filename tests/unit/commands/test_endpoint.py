@@ -21,7 +21,9 @@ def test_a_url_may_have_the_path_of_the_api_or_not(url, root):
     assert find_endpoint(url, {}).root == root
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "http://", "http://h:x", "http://user:secret@h"])
+@pytest.mark.parametrize(
+    "url", ["ftp://h", "http://", "http://h:x", "http://user:secret@h", "http:/h", "h:", "http://[::1", "h:0"]
+)
 def test_what_is_no_url_is_refused_by_its_flag(url):
     with pytest.raises(UsageError, match="--url"):
         find_endpoint(url, {})

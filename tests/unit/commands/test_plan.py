@@ -14,8 +14,9 @@ from tests.unit.models.model_files import LLAMA_CONFIG, write_model
 from weft.commands.plan import plan
 from weft.commands.plan_memory import Machine, forecast
 from weft.config import resolve
-from weft.errors import ModelNotFoundError, UsageError
+from weft.errors import DeviceError, ModelNotFoundError, UsageError
 from weft.models.registry import describe
+from weft.models.spec import WeightFormat
 from weft.runner import host_memory
 
 GIB = 2**30
@@ -147,3 +148,45 @@ def test_offline_a_model_that_is_not_cached_is_not_found(tmp_path: Path, referen
 
 def test_the_memory_of_this_machine_is_less_than_all_of_it() -> None:
     assert 0 < host_memory.available_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("flags", "bits", "kept_as"),
+    [
+        (("--quantize", "int8"), 8, "int8"),
+        (("--quantize", "int4"), 4, "int4 (groups of 32)"),
+        (("--quantize", "int4", "--quantize-group-size", "128"), 4, "int4 (groups of 128)"),
+    ],
+)
+def test_rounded_weights_are_planned_with_their_bits(
+    model: Path, flags: tuple[str, ...], bits: int, kept_as: str
+) -> None:
+    whole, found = planned(model), planned(model, *flags)
+
+    assert found.weights_kept_as == kept_as
+    assert bits / 32 < found.weights_bytes / whole.weights_bytes < (bits + 3) / 32
+    assert found.kv_bytes_per_token == whole.kv_bytes_per_token
+
+
+def test_a_gguf_file_whose_blocks_are_kept_takes_what_the_file_takes(model: Path) -> None:
+    description = replace(describe(model), weight_format=WeightFormat.GGUF, stored_dtype="Q4_1")
+
+    kept = forecast(description, settings(model, "--gguf-compute", "packed"), CPU, "float32", file_bytes=12345)
+    decoded = forecast(description, settings(model), CPU, "float32", file_bytes=12345)
+
+    assert (kept.weights_bytes, kept.weights_kept_as) == (12345, "Q4_1 (packed)")
+    assert (decoded.weights_bytes, decoded.weights_kept_as) == (description.weights_bytes("float32"), "float32")
+
+
+def test_few_bits_are_refused_where_serve_would_refuse_them(model: Path) -> None:
+    gpu = Machine(device_type="cuda", available_bytes=8 * GIB)
+
+    with pytest.raises(DeviceError, match="--quantize: int8 has kernels for the CPU"):
+        planned(model, "--quantize", "int8", machine=gpu)
+
+
+def test_a_directory_that_is_no_model_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    with pytest.raises(ModelNotFoundError, match=f"--model-id {tmp_path}: "):
+        plan([str(tmp_path)], {"HOME": str(tmp_path)})

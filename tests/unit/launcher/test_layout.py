@@ -113,3 +113,11 @@ def test_children_do_not_see_settings_in_their_environment() -> None:
 
     assert layout.child_environment(environ) == {"PATH": "/bin", "HOME": "/h", "PYTHONUNBUFFERED": "1"}
     assert layout.shard_environment(Settings(threads=3), environ)["OMP_NUM_THREADS"] == "3"
+
+
+def test_where_no_directory_can_be_made_the_flag_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = Settings(shard_uds_path=str(tmp_path / "file" / "weft"))
+
+    with pytest.raises(UsageError, match="--shard-uds-path: cannot make a directory in"):
+        layout.private_directory(settings).__enter__()

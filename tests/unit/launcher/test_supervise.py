@@ -40,7 +40,7 @@ class Launch:
         environ = {
             **os.environ,
             "FAKE_RECORD": str(self.record_file),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
             "API_KEY": "the-secret-key",
             **behaviour,
         }
@@ -287,3 +287,26 @@ def test_restarts_are_immediate_once_then_slower_and_forgiven_after_a_while() ->
     assert [policy.note_death(0.1) for _ in range(4)] == [0.0, 1.0, 2.0, 4.0]
     assert policy.note_death(61) == 0.0
     assert [policy.note_death(0.1) for _ in range(4)] == [1.0, 2.0, 4.0, None]
+
+
+@pytest.mark.parametrize(
+    ("code", "last_line"),
+    [(3, "Error: --model-id MODEL: there are no weights"), (4, "Error: there are no weights")],
+)
+def test_the_reason_of_a_failed_start_is_the_last_line(
+    launches: Callable[..., Launch], code: int, last_line: str
+) -> None:
+    launch = launches(FAKE_SHARD=f"exit:{code}")
+
+    output = launch.finish()
+
+    assert launch.process.returncode == code
+    assert output.splitlines()[-1] == last_line.replace("MODEL", str(launch.model))
+
+
+def test_with_json_output_the_reason_is_an_event_and_nothing_else(launches: Callable[..., Launch]) -> None:
+    launch = launches("--json-output", FAKE_SHARD="exit:3")
+
+    events = [json.loads(line) for line in launch.finish().splitlines()]
+
+    assert "there are no weights" in [event.get("message") for event in events if event["event"] == "startup.failed"]

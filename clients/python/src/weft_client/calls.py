@@ -2,13 +2,14 @@
 that the synchronous and the asynchronous client cannot differ.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from weft_client.errors import StreamInterruptedError, UnreadableAnswerError, error_of, read_error
+from weft_client.errors import InvalidArgumentError, StreamInterruptedError, UnreadableAnswerError, error_of, read_error
 from weft_client.types import (
     ChatChunk,
     ChatCompletion,
@@ -35,12 +36,49 @@ class Call(Generic[Answer]):
 
     @property
     def content(self) -> bytes | None:
-        """The bytes of the body."""
-        return None if self.body is None else msgspec.json.encode(self.body)
+        """The bytes of the body. Raises InvalidArgumentError for what JSON cannot say."""
+        if self.body is None:
+            return None
+        try:
+            _check_leaves(self.body)
+            return msgspec.json.encode(self.body)
+        except InvalidArgumentError:
+            raise
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidArgumentError(f"the request cannot be written as JSON: {error}") from error
 
     def read(self, content: bytes) -> Answer:
         """The answer. Raises UnreadableAnswerError."""
         return _decode(content, self.answer)
+
+
+def _check_leaves(body: object) -> None:
+    """Raises InvalidArgumentError for values that JSON has no words for: msgspec would send null instead of NaN."""
+    for name, value in _leaves(body, ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidArgumentError(f"`{name}` must be a finite number. Given: {value}")
+        if isinstance(value, str) and not _is_unicode(value):
+            raise InvalidArgumentError(f"`{name}` must be valid Unicode; it holds half of a surrogate pair")
+
+
+def _leaves(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """(path, value) of everything in a body that is no container."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _leaves(item, f"{name}[{place}]")
+    else:
+        yield name, value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decode(content: bytes, kind: type[Answer]) -> Answer:
@@ -97,12 +135,12 @@ def generate_stream(inputs: str, options: Mapping[str, Any]) -> Call[StreamToken
 
 def chat(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Call[ChatCompletion]:
     """POST /v1/chat/completions."""
-    return Call("POST", "/v1/chat/completions", ChatCompletion, {"messages": list(messages), **_openai(options)})
+    return Call("POST", "/v1/chat/completions", ChatCompletion, {"messages": _plain(messages), **_openai(options)})
 
 
 def chat_stream(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Call[ChatChunk]:
     """POST /v1/chat/completions, streamed."""
-    body = {"messages": list(messages), **_openai(options), **_STREAMED}
+    body = {"messages": _plain(messages), **_openai(options), **_STREAMED}
     return Call("POST", "/v1/chat/completions", ChatChunk, body)
 
 
@@ -114,6 +152,11 @@ def completion(prompt: str | Sequence[int] | Sequence[str], options: Mapping[str
 def completion_stream(prompt: str | Sequence[int], options: Mapping[str, Any]) -> Call[Completion]:
     """POST /v1/completions, streamed."""
     return Call("POST", "/v1/completions", Completion, {"prompt": prompt, **_openai(options), **_STREAMED})
+
+
+def _plain(messages: object) -> object:
+    """A list of any sequence; what is none is sent as it is, for the server to say what is wrong with it."""
+    return list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else messages
 
 
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}

@@ -8,6 +8,7 @@ ClientError
 │   ├── OverloadedError          429: try later, `retry_after_s`
 │   ├── NotReadyError            503: loading, restarting or draining
 │   └── ServerError              anything else
+├── InvalidArgumentError      what was asked for cannot be sent; nothing was
 ├── ConnectionFailedError     nobody answered, or the connection broke
 ├── StreamInterruptedError    a stream ended in the middle; `message` says why if the server did
 └── UnreadableAnswerError     what came back is not what this API sends
@@ -26,6 +27,10 @@ class ClientError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class InvalidArgumentError(ClientError, ValueError):
+    """An argument of this package is wrong, or cannot stand in a request; the message names it. Nothing was sent."""
 
 
 class ConnectionFailedError(ClientError):

@@ -4,10 +4,18 @@ import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx2
 
-from weft_client.errors import ApiError, ConnectionFailedError, NotReadyError, OverloadedError, ServerError
+from weft_client.errors import (
+    ApiError,
+    ConnectionFailedError,
+    InvalidArgumentError,
+    NotReadyError,
+    OverloadedError,
+    ServerError,
+)
 
 _MAX_WAIT_S = 60.0
 _RETRIED_SERVER_STATUSES = frozenset({502, 504})
@@ -24,9 +32,20 @@ class ConnectionSettings:
 
     @classmethod
     def of(cls, base_url: str, api_key: str | None, timeout_s: float, max_retries: int) -> "ConnectionSettings":
-        """`base_url` may end with `/v1`; without a key, WEFT_API_KEY is taken."""
-        root = base_url.rstrip("/").removesuffix("/v1")
-        return cls(root, api_key or os.environ.get("WEFT_API_KEY") or None, timeout_s, max_retries)
+        """`base_url` may end with `/v1`; without a key, WEFT_API_KEY is taken.
+
+        Raises   InvalidArgumentError: names the argument and what it may be
+        """
+        key = api_key or os.environ.get("WEFT_API_KEY") or None
+        if not _is_http_url(base_url):
+            raise InvalidArgumentError(f"`base_url` must be http://HOST:PORT or https://HOST. Given: {base_url!r}")
+        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable()):
+            raise InvalidArgumentError("`api_key` must be printable ASCII, as HTTP headers are. Given: a secret")
+        if not timeout_s > 0:
+            raise InvalidArgumentError(f"`timeout_s` must be more than 0. Given: {timeout_s!r}")
+        if max_retries < 0:
+            raise InvalidArgumentError(f"`max_retries` must be 0 or more. Given: {max_retries!r}")
+        return cls(base_url.rstrip("/").removesuffix("/v1"), key, timeout_s, max_retries)
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -54,3 +73,13 @@ class ConnectionSettings:
         if asked_s is not None:
             return asked_s if asked_s <= _MAX_WAIT_S else None
         return min(_MAX_WAIT_S, 0.5 * 2.0**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+
+
+def _is_http_url(url: object) -> bool:
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half of the brackets of an IPv6 address
+        return False
