@@ -24,7 +24,8 @@ Native routes: `{{"error": "<text>", "error_type": "<type>"}}`, as in TGI; a ser
 the field. `/v1/messages`: Anthropic's `{{"type": "error", "error": {{"type", "message"}}, "request_id"}}` with the
 status of `/v1`; its streams end with the event `error`.
 429 and 503 carry `Retry-After` in seconds, 401 `WWW-Authenticate`. Every answer carries `x-request-id`: the client's
-own when it is printable and has at most {max_id} characters, else a new one.
+own when it is printable and has at most {max_id} characters, else a new one. Answers of routes that generate carry
+`x-system-fingerprint`: weights, numeric configuration and kernels of the engine, each as eight digits.
 
 | Code | Native status | `error_type` | `/v1` status | `type` | `code` | Counted in `tgi_request_failure` as | Meaning |
 | --- | --- | --- | --- | --- | --- | --- | --- |

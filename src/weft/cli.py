@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "chat": ("weft.commands.chat:chat", "talk to a model in the terminal"),
     "bench": ("weft.commands.bench:bench", "measure a running server by number of streams"),
     "batch": ("weft.commands.batch:batch", "answer a file of requests in OpenAI's batch format"),
+    "verify": ("weft.commands.verify:verify", "ask recorded requests again and compare every token"),
     "download": ("weft.commands.download:download", "fetch a model into the cache and print where it is"),
     "plan": ("weft.commands.plan:plan", "tell whether a model fits, from its headers alone"),
     "doctor": ("weft.commands.doctor:doctor", "check this machine, and its kernels against their references"),

@@ -107,6 +107,17 @@ async def test_a_wrong_replay_is_refused_by_name(changes: dict[str, Any], field:
     assert not house.backend.requests
 
 
+async def test_ids_become_text() -> None:
+    house = build_house()
+
+    answer = await house.post("/detokenize", {"tokens": ids_of("Hi ü")})
+    refused = await house.post("/detokenize", {"tokens": [VOCAB_SIZE]})
+
+    assert answer.json == {"prompt": "Hi ü</s>"}
+    assert refused.status == 422
+    assert "tokens" in refused.json["error"]
+
+
 def recorded(path: Path) -> list[RequestLine]:
     with path.open("rb") as file:
         return [line for line in read_lines(file, "recording") if isinstance(line, RequestLine)]
@@ -118,7 +129,16 @@ def recording_house(path: Path, text: str) -> tuple[House, Recorder]:
     return house, recorder
 
 
-@pytest.mark.parametrize("path", GENERATING)
+async def test_a_replay_is_not_recorded_again(tmp_path: Path) -> None:
+    house, recorder = recording_house(tmp_path / "recording", "yes")
+
+    await house.post("/replay", replay_body())
+
+    recorder.close()
+    assert recorded(tmp_path / "recording") == []
+
+
+@pytest.mark.parametrize("path", [path for path in GENERATING if path != "/replay"])
 async def test_every_dialect_is_recorded(path: str, tmp_path: Path) -> None:
     house, recorder = recording_house(tmp_path / "recording", "yes")
 

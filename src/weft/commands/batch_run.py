@@ -139,11 +139,11 @@ class BatchRun:
             else:
                 if attempt >= _ATTEMPTS.get(response.status_code, 1):
                     return _answered(request, response)
-                wait_s = _asked_wait_s(response) or wait_s
+                wait_s = asked_wait_s(response) or wait_s
             await self._sleep(wait_s)
 
 
-def _asked_wait_s(response: httpx2.Response) -> float | None:
+def asked_wait_s(response: httpx2.Response) -> float | None:
     """What `Retry-After` asks for, within reason; None when it names no number of seconds."""
     try:
         return min(max(float(response.headers.get("retry-after", "")), 0.0), MAX_WAIT_S)

@@ -23,13 +23,20 @@ from weft.config import Settings
 from weft.core.request import FinishReason
 from weft.errors import ClientGoneError, InternalError, RequestError, UnauthorizedError
 from weft.router import anthropic, cloud, embeddings, health, models, native, openai, openapi, responses
-from weft.router.body import read_body, require_json
+from weft.router.body import discard_body, read_body, require_json
 from weft.router.context import RouterContext
 from weft.router.error_replies import body_of, dialect_for, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
-from weft.router.recording import system_fingerprint
-from weft.router.replay import ReplayAnswer, ReplayRequest, replay
+from weft.router.recording import REPLAY_PATH, system_fingerprint
+from weft.router.replay import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    ReplayAnswer,
+    ReplayRequest,
+    detokenize,
+    replay,
+)
 from weft.router.request_trace import end_span, start_span
 from weft.router.routes import Access, Route, RouteTable
 from weft.router.schemas_anthropic import (
@@ -198,9 +205,13 @@ ROUTES: tuple[Route, ...] = (
         example=_CHAT_EXAMPLE,
     ),
     Route(
-        method="POST", path="/replay", handler=replay, access=Access.USER,
+        method="POST", path=REPLAY_PATH, handler=replay, access=Access.USER,
         summary="Token ids in, token ids and every bit of their log-probabilities out: what `weft verify` asks",
         tag="Operations", body=ReplayRequest, answer=ReplayAnswer, generates=True, example=_REPLAY_EXAMPLE,
+    ),
+    Route(
+        method="POST", path="/detokenize", handler=detokenize, access=Access.USER, summary="Text of token ids",
+        tag="Operations", body=DetokenizeRequest, answer=DetokenizeAnswer, example={"tokens": [57, 102, 86]},
     ),
     Route(
         method="GET", path="/info", handler=native.info, access=Access.USER,
@@ -403,10 +414,13 @@ class Dispatch:
         dialect = dialect_for(exchange)
         body = body_of(error, dialect, self._context.lifecycle.progress, exchange.request_id)
         headers = headers_of(error)
-        if exchange.stage in ("headers", "body"):
-            # The body may not have been read to its end; what is left of it must not be taken for a request.
-            headers.append((b"connection", b"close"))
-        await exchange.reply(status_of(error, dialect), body, headers=headers)
+        if exchange.stage not in ("headers", "body"):
+            await exchange.reply(status_of(error, dialect), body, headers=headers)
+            return
+        # The body may not have been read to its end; what is left of it must not be taken for a request.
+        headers.append((b"connection", b"close"))
+        async with exchange.lingering_reply(status_of(error, dialect), body, headers):
+            await discard_body(exchange)
 
 
 class KeyCheck:

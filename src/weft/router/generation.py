@@ -17,7 +17,7 @@ from weft.errors import IncompleteGenerationError, RequestError
 from weft.router.backend import Backend, TokenBatch
 from weft.router.context import RouterContext
 from weft.router.exchange import Exchange, RawHeaders
-from weft.router.recording import request_line, system_fingerprint
+from weft.router.recording import REPLAY_PATH, request_line, system_fingerprint
 from weft.router.request_trace import note_requests
 from weft.router.sequence_text import SequenceText
 
@@ -36,7 +36,9 @@ class Generation:
         self._requests = requests
         self.sequences = sequences
         self._last_token_ns = [0] * len(requests)
-        self._recorded: list[list[TokenEvent]] | None = None if context.recorder is None else [[] for _ in requests]
+        # What is asked again stands in a recording already.
+        is_recorded = context.recorder is not None and exchange.route != REPLAY_PATH
+        self._recorded: list[list[TokenEvent]] | None = [[] for _ in requests] if is_recorded else None
         self._places = ExitStack()
         metrics = context.metrics
         self._first_token_seconds = metrics.histogram("weft_time_to_first_token_seconds")

@@ -33,6 +33,8 @@ from weft.telemetry.metrics import Registry
 log = structlog.get_logger("weft.recording")
 
 SCHEMA_VERSION = 1
+REPLAY_PATH = "/replay"
+"""Where recorded requests are asked again."""
 _CLOSE_TIMEOUT_S = 2.0
 
 

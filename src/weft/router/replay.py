@@ -1,8 +1,10 @@
-"""`POST /replay`: token ids in, token ids and every bit of their log-probabilities out. What `weft verify` asks.
+"""What `weft verify` asks: token ids in, token ids and every bit of their log-probabilities out; and ids as text.
 
-No text, no defaults and no stop strings: a request is exactly what the engine gets, and what a recording holds.
+`POST /replay` knows no text, no defaults and no stop strings: a request is exactly what the engine gets, and what a
+recording holds.
 """
 
+import asyncio
 from contextlib import aclosing
 from secrets import randbits
 
@@ -10,7 +12,7 @@ import msgspec
 
 from weft.core.events import TokenEvent
 from weft.core.request import FinishReason, Request, RequestId, SamplingParams, StopConditions
-from weft.errors import ContextLengthError, NotSupportedError
+from weft.errors import ContextLengthError, NotSupportedError, ValidationError
 from weft.router.body import decode
 from weft.router.context import RouterContext
 from weft.router.exchange import Exchange
@@ -40,6 +42,18 @@ class ReplayAnswer(msgspec.Struct, kw_only=True):
     system_fingerprint: str
 
 
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """vLLM's."""
+
+    tokens: list[int]
+
+
+class DetokenizeAnswer(msgspec.Struct, kw_only=True):
+    """vLLM's: the text is called prompt."""
+
+    prompt: str
+
+
 async def replay(context: RouterContext, exchange: Exchange) -> None:
     """POST /replay."""
     body = decode(exchange.body, ReplayRequest)
@@ -61,6 +75,19 @@ async def replay(context: RouterContext, exchange: Exchange) -> None:
         system_fingerprint=system_fingerprint(model.info, context.version),
     )
     await exchange.reply(200, encode_json(answer), headers=timing_headers(exchange))
+
+
+async def detokenize(context: RouterContext, exchange: Exchange) -> None:
+    """POST /detokenize: the text of token ids, special ones included."""
+    body = decode(exchange.body, DetokenizeRequest)
+    model = context.require_model()
+    bad = next((token_id for token_id in body.tokens if not 0 <= token_id < model.info.vocab_size), None)
+    if bad is not None:
+        raise ValidationError(
+            f"`tokens` must hold ids from 0 to {model.info.vocab_size - 1}. Given: {bad}", field="tokens"
+        )
+    text = await asyncio.to_thread(model.tokenizer.decode, body.tokens, False)
+    await exchange.reply(200, encode_json(DetokenizeAnswer(prompt=text)))
 
 
 def _request(context: RouterContext, exchange: Exchange, body: ReplayRequest, model: ServedModel) -> Request:
