@@ -18,6 +18,8 @@ class Limits:
     max_json_depth: int = 64
     max_json_containers: int = 65_536
     max_url_bytes: int = 8 * 1024
+    linger_s: float = 10.0
+    linger_idle_s: float = 0.5
 
     # One request.
     max_n: int = 32

@@ -137,6 +137,39 @@ class TestBodies:
             with contextlib.suppress(ConnectionError):
                 assert status_of(connection.recv(1 << 16)) == 413
 
+    @pytest.mark.parametrize(
+        ("head", "status"),
+        [
+            (HEAD, 413),
+            (HEAD.replace(b"application/json", b"text/plain"), 415),
+            (HEAD.replace(b"/generate", b"/nothing"), 404),
+            (HEAD.replace(b"/generate", b"/health"), 405),
+        ],
+    )
+    @pytest.mark.parametrize("is_chunked", [False, True])
+    def test_who_sends_a_large_body_to_its_end_sees_why_it_was_refused(
+        self, live: Live, head: bytes, status: int, is_chunked: bool
+    ):
+        """A connection closed with unread bytes is reset, and common clients then report the reset alone."""
+        size = 8_000_000
+        if is_chunked:
+            body = b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (size, b"a" * size)
+        else:
+            body = b"content-length: %d\r\n\r\n%b" % (size, b"a" * size)
+        with live.connect() as connection:
+            connection.sendall(head + body)
+            answer = read_all(connection)
+
+        assert status_of(answer) == status
+        assert b"connection: close" in answer
+
+    def test_a_refused_body_that_never_comes_holds_its_connection_for_a_moment_only(self, live: Live):
+        started = time.monotonic()
+
+        assert status_of(live.exchange(HEAD + b"content-length: 99999999\r\n\r\n")) == 413
+
+        assert time.monotonic() - started < LIMITS.linger_s / 2
+
     @pytest.mark.usefixtures("short_times")
     def test_a_body_that_drips_is_given_up(self):
         head = HEAD + b"content-length: 100\r\n\r\n"

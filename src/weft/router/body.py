@@ -10,6 +10,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -17,7 +18,6 @@ from urllib.parse import parse_qsl
 import msgspec
 import structlog
 from msgspec import Struct
-from starlette.types import Receive
 
 from weft.errors import (
     BadRequestError,
@@ -82,7 +82,7 @@ async def read_body(exchange: Exchange, max_bytes: int) -> bytes:
     size = 0
     try:
         async with asyncio.timeout_at(started + LIMITS.header_timeout_s) as timeout:
-            async for part in _body_parts(exchange.receive):
+            async for part in _body_parts(exchange):
                 size += len(part)
                 if size > max_bytes:
                     raise _too_large(max_bytes, "more")
@@ -93,14 +93,32 @@ async def read_body(exchange: Exchange, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-async def _body_parts(receive: Receive) -> AsyncIterator[bytes]:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError("The client left while it sent its request")
-        yield message.get("body", b"")
-        if not message.get("more_body", False):
-            return
+async def discard_body(exchange: Exchange) -> None:
+    """Take what is still to come of a body that nobody wants, for a while.
+
+    A connection that is closed with unread bytes is reset, and a client that is still sending never sees its answer.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LIMITS.linger_s
+    with suppress(TimeoutError, ClientGoneError):
+        async with asyncio.timeout(LIMITS.linger_idle_s) as timeout:
+            while not exchange.has_whole_body:
+                await _next_part(exchange)
+                timeout.reschedule(min(end, loop.time() + LIMITS.linger_idle_s))
+
+
+async def _body_parts(exchange: Exchange) -> AsyncIterator[bytes]:
+    while not exchange.has_whole_body:
+        yield await _next_part(exchange)
+
+
+async def _next_part(exchange: Exchange) -> bytes:
+    message = await exchange.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError("The client left while it sent its request")
+    exchange.has_whole_body = not message.get("more_body", False)
+    part: bytes = message.get("body", b"")
+    return part
 
 
 def decode(body: bytes, body_type: type[Body]) -> Body:

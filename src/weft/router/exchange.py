@@ -6,7 +6,8 @@ log event and the HTTP metrics when it is over. Prompts and completions never ge
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import structlog
@@ -70,6 +71,8 @@ class Exchange:
     speaks_like: str = ""
     """Path of the route whose dialect an error is said in; empty: this exchange's own."""
     body: bytes = b""
+    has_whole_body: bool = False
+    """Nothing of it is still to come."""
     path_params: dict[str, str] = field(default_factory=dict)
     status: int = 0
     stage: str = "headers"
@@ -124,6 +127,16 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": [*start, *headers]})
         self.is_complete = True
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    @asynccontextmanager
+    async def lingering_reply(self, status: int, body: bytes, headers: RawHeaders) -> AsyncIterator[None]:
+        """Send a whole JSON response at once, and close the connection behind the block."""
+        start = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *headers]
+        await self.send({"type": "http.response.start", "status": status, "headers": start})
+        self.is_complete = True
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        yield
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class Edge:
