@@ -28,6 +28,7 @@ class Limits:
     max_logit_bias_entries: int = 1024
     max_top_n_tokens_cap: int = 20
     max_messages: int = 2048
+    max_embedding_inputs: int = 2048
     max_request_id_chars: int = 128
 
     # Chat templates: rendered in a worker that can be killed.

@@ -26,7 +26,7 @@ import structlog
 
 from weft.config import Settings, options, resolve, setting_named
 from weft.core.clock import Clock
-from weft.core.events import Event, FailureEvent, TokenEvent
+from weft.core.events import EmbeddingEvent, Event, FailureEvent, TokenEvent, is_final
 from weft.core.info import EngineInfo, EngineStats
 from weft.core.plan import TopTokens
 from weft.core.request import FinishReason, Request, RequestId
@@ -42,10 +42,20 @@ from weft.errors import (
 from weft.launcher.download import fetch
 from weft.limits import LIMITS
 from weft.router.chat_prompt import render_chat
+from weft.router.embedding_inputs import (
+    check_text,
+    checked_dimensions,
+    fitted,
+    require_embedding,
+    require_generation,
+    vector_request,
+    with_end,
+)
 from weft.router.schemas_openai import ChatRequest, CompletionRequest, SamplingFields
 from weft.router.sequence_text import SequenceText
 from weft.router.served import ServedModel, served_model
 from weft.router.validate import Checked, Origin, build_requests, check_chat, check_completion, fit_openai
+from weft.router.vectors import finished_vector
 from weft.scheduler.scheduler import Scheduler
 from weft.server.engine import Engine
 from weft.server.executor import LocalExecutor
@@ -229,6 +239,18 @@ class _Job:
         )
 
 
+@dataclass(slots=True)
+class _VectorJob:
+    """One text on its way to its vector."""
+
+    request: Request
+    values: bytes = b""
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.values)
+
+
 def _top_logprobs(top: TopTokens | None, count: int) -> dict[int, float]:
     return {} if top is None else dict(list(zip(top.token_ids, top.logprobs, strict=True))[:count])
 
@@ -247,11 +269,11 @@ class _Loaded:
         """The result of a coroutine, run on the loop's own thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
-    def run(self, jobs: Sequence[_Job]) -> Iterator[str]:
+    def run(self, jobs: Sequence[_Job | _VectorJob]) -> Iterator[str]:
         """Drive jobs to their ends; yields what each token adds. Leaving early, by any way, aborts what is open."""
         inbox: _Inbox = queue.SimpleQueue()
         waiting = iter(jobs)
-        open_jobs: dict[RequestId, _Job] = {}
+        open_jobs: dict[RequestId, _Job | _VectorJob] = {}
         try:
             while True:
                 while len(open_jobs) < _MAX_OPEN_REQUESTS and (job := next(waiting, None)) is not None:
@@ -270,17 +292,21 @@ class _Loaded:
                 self.postbox.close(request_id)
                 self.engine.abort(request_id)
 
-    def _apply(self, event: Event, open_jobs: dict[RequestId, _Job]) -> Iterator[str]:
+    def _apply(self, event: Event, open_jobs: dict[RequestId, _Job | _VectorJob]) -> Iterator[str]:
         job = open_jobs.get(event.request_id)
         if job is None:
             return  # came while the request was being ended by a stop string
         if isinstance(event, FailureEvent):
             raise by_code().get(event.code, GenerationError)(event.message)
-        piece = job.push(event)
+        piece = ""
+        if isinstance(event, TokenEvent) and isinstance(job, _Job):
+            piece = job.push(event)
+        elif isinstance(event, EmbeddingEvent) and isinstance(job, _VectorJob):
+            job.values = event.values
         if job.is_finished:
             del open_jobs[event.request_id]
             self.postbox.close(event.request_id)
-            if event.finish_reason is None:
+            if not is_final(event):
                 self.engine.abort(event.request_id)
         if piece:
             yield piece
@@ -394,12 +420,41 @@ class LLM:
         Raises   as `generate`
         """
         loaded = self._require_open()
+        require_generation(loaded.model, loaded.settings)
         own = _one_each(params, 1)[0]
         if not isinstance(prompt, str) and _is_conversation(prompt):
             job = self._chat_job(prompt, own)
         else:
             job = self._prompt_job(cast("Prompt", prompt), own)
         return TextStream(loaded.run([job]), job)
+
+    @overload
+    def embed(self, texts: str, *, dimensions: int | None = None) -> list[float]: ...  # type: ignore[overload-overlap]
+    @overload
+    def embed(self, texts: Sequence[Prompt], *, dimensions: int | None = None) -> list[list[float]]: ...
+    def embed(self, texts: str | Sequence[Prompt], *, dimensions: int | None = None) -> list[float] | list[list[float]]:
+        """The vector of a text, or of each one of a list (texts or lists of token ids), all in one batch.
+
+        dimensions   keep this many numbers of each vector; None: all
+
+        Raises   as `generate`; NotSupportedError: the model generates text (see `task`)
+        """
+        loaded = self._require_open()
+        require_embedding(loaded.model, loaded.settings)
+        kept = checked_dimensions(dimensions, loaded.model)
+        each = [texts] if isinstance(texts, str) else texts
+        jobs: list[_VectorJob] = []
+        for place, text in enumerate(each):
+            try:
+                jobs.append(self._vector_job(text))
+            except RequestError as error:
+                error.add_note(f"text {place} of {len(each)}, counted from 0")
+                raise
+        for _ in loaded.run(jobs):
+            pass
+        normalizes = loaded.model.info.normalizes
+        vectors = [finished_vector(job.values, kept, normalizes=normalizes) for job in jobs]
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def close(self) -> None:
         """Free the model. Further calls raise NotReadyError."""
@@ -427,6 +482,7 @@ class LLM:
         params: Params,
     ) -> list[Completion]:
         loaded = self._require_open()
+        require_generation(loaded.model, loaded.settings)
         each = _one_each(params, len(prompts))
         jobs: list[_Job] = []
         for place, (make_job, prompt, own) in enumerate(zip(makers, prompts, each, strict=True)):
@@ -447,6 +503,16 @@ class LLM:
         if not ids:
             raise ValidationError("`prompt` must have at least one token. Given: none", field="prompt")
         return self._job(ids, checked, params, "prompt")
+
+    def _vector_job(self, text: Prompt) -> _VectorJob:
+        model = self._loaded.model
+        if isinstance(text, str):
+            check_text(text, None, model)
+            ids = with_end(model.tokenizer.encode(text, add_special_tokens=True), model)
+        else:
+            ids = list(text)
+        request = vector_request(fitted(ids, None, model), model, Origin(deadline_ns=_NEVER_NS))
+        return _VectorJob(request)
 
     def _chat_job(self, messages: Sequence[Message], params: SamplingParams) -> _Job:
         loaded = self._loaded

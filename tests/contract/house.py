@@ -239,9 +239,11 @@ def build_house(
     max_total_tokens: int = MAX_TOTAL_TOKENS,
     max_input_tokens: int | None = None,
     has_template: bool = True,
+    info: Mapping[str, Any] = MappingProxyType({}),
+    appended_token_id: int | None = None,
 ) -> House:
-    """`settings` replaces fields of Settings."""
-    info = EngineInfo(
+    """`settings` replaces fields of Settings, `info` those of EngineInfo."""
+    engine = EngineInfo(
         model_id=MODEL_ID,
         vocab_size=VOCAB_SIZE,
         max_total_tokens=max_total_tokens,
@@ -250,18 +252,20 @@ def build_house(
         fingerprint="0123456789abcdef",
         phases=(("load", 0.5),),
     )
-    backend = ScriptedBackend(script_for or say("hello"), info, steps=steps, batch_size=batch_size)
+    engine = replace(engine, **info)
+    backend = ScriptedBackend(script_for or say("hello"), engine, steps=steps, batch_size=batch_size)
     clock = FakeClock()
     context = RouterContext(settings=replace(Settings(model_id=MODEL_ID), **settings), backend=backend, clock=clock)
     template = FakeChatTemplate()
     context.model = ServedModel(
-        info=info,
+        info=engine,
         tokenizer=byte_tokenizer(),
         chat_template=template if has_template else None,
         eos_token_ids=(TokenId(EOS),),
         max_input_tokens=max_total_tokens - 1 if max_input_tokens is None else max_input_tokens,
         max_total_tokens=max_total_tokens,
         created_s=1_700_000_000,
+        appended_token_id=None if appended_token_id is None else TokenId(appended_token_id),
     )
     context.lifecycle.become(Progress(state, phase="load", percent=40))
     return House(context, backend, build_app(context), template, clock)

@@ -176,10 +176,6 @@ class TestOpenAIResponses:
 
         assert counted.input_tokens == client.responses.create(model="tgi", input="Hi").usage.input_tokens
 
-    def test_embeddings_are_refused(self, client: openai.OpenAI):
-        with pytest.raises(openai.BadRequestError, match="embedding"):
-            client.embeddings.create(model="tgi", input="Hi")
-
 
 class TestAnthropic:
     @pytest.fixture

@@ -18,7 +18,7 @@ from weft.kernels import processor
 from weft.launcher.download import fetch, find_present, parse_hub_reference
 from weft.launcher.fetched import fault_of_model
 from weft.launcher.layout import count_visible_gpus
-from weft.models.registry import describe, describe_config
+from weft.models.registry import Use, describe, describe_config
 from weft.models.spec import ModelDescription
 from weft.runner import host_memory
 
@@ -119,7 +119,7 @@ def _describe(settings: Settings) -> tuple[ModelDescription, int]:
 
 def _describe_path(path: Path, settings: Settings) -> tuple[ModelDescription, int]:
     try:
-        return describe(path), path.stat().st_size if path.is_file() else 0
+        return describe(path, Use(settings.task, settings.pooling)), path.stat().st_size if path.is_file() else 0
     except ModelNotFoundError as error:
         raise ModelNotFoundError(fault_of_model(settings.model_id, error.message)) from error
 
@@ -152,7 +152,7 @@ def _describe_from_hub(repository: str, settings: Settings) -> ModelDescription:
     counts = facts.safetensors.parameters if facts.safetensors else {}
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     main = max(counts, key=lambda name: counts[name], default="F32")
-    return describe_config(Path(config), names.get(main, main))
+    return describe_config(Path(config), names.get(main, main), Use(settings.task, settings.pooling))
 
 
 def _as_json(found: Forecast, settings: Settings) -> dict[str, object]:
@@ -170,6 +170,8 @@ def _lines(found: Forecast, settings: Settings, device_type: str) -> list[str]:
         ("KV pool", f"{_bytes(found.kv_pool_bytes)} = {found.pool_tokens:,} tokens × {found.kv_bytes_per_token:,} B"),
         ("context", f"{found.context:,} tokens per request, the model knows {found.model_context:,}"),
     ]
+    if found.pooling:
+        rows.insert(1, ("task", f"embeddings, {found.pooling} pooling"))
     rows += [("streams", f"{count:,} of {length:,} tokens at once") for length, count in found.streams.items()]
     lines = [f"{label:12} {text}" for label, text in rows]
     return [*lines, "", _verdict(found)]

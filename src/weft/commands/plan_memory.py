@@ -33,6 +33,8 @@ class Forecast:
     """Sizes are per rank, in bytes; lengths are in tokens."""
 
     model_type: str
+    pooling: str
+    """How texts become vectors; empty: the model generates text."""
     stored_dtype: str
     dtype: str
     """Of activations, and of cached keys and values."""
@@ -97,10 +99,11 @@ def forecast(
     pool_tokens = num_blocks * block_size
     least_bytes = settings.kv_pool_bytes or per_token * block_size
     wanted_context = min(settings.max_total_tokens or description.max_positions, description.max_positions)
-    # The last token of a sequence is sampled and never stored.
-    context = min(wanted_context, pool_tokens + 1) if pool_tokens else 0
+    # The last token of a sequence is sampled and never stored; a text that becomes a vector has no such token.
+    context = min(wanted_context, pool_tokens + (description.pooling is None)) if pool_tokens else 0
     return Forecast(
         model_type=description.model_type,
+        pooling="" if description.pooling is None else description.pooling.mode,
         stored_dtype=description.stored_dtype,
         dtype=dtype,
         weights_kept_as=weights_kept_as,

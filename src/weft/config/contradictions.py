@@ -34,6 +34,8 @@ def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]])
                     f"{options()[name].flag} ({value}) must not exceed --max-batch-total-tokens "
                     f"({s.max_batch_total_tokens})."
                 )
+    if s.task == "generate" and s.pooling != "auto":
+        yield f"--pooling ({s.pooling}) means nothing with --task generate; leave one of them out."
     if s.sharded and s.num_shard == 1:
         yield "--sharded true needs --num-shard of at least 2, or none. Given: 1."
     if s.block_size_tokens is not None and s.block_size_tokens & (s.block_size_tokens - 1):

@@ -102,6 +102,12 @@ def _parse_log_level(raw: str) -> str:
     return {"warning": "warn", "trace": "debug", "critical": "error"}.get(bare, bare)
 
 
+def _parse_task(raw: str) -> str:
+    """Also reads `pooling`, which is what other servers call it."""
+    word = raw.strip().lower()
+    return {"pooling": "embed", "embedding": "embed"}.get(word, word)
+
+
 INTEGER = Kind("a whole number", "N", _parse_integer)
 TOKENS = Kind("a whole number, or one such as 8k (8,000) or 8K (8,192)", "N", _parse_tokens)
 NUMBER = Kind("a number", "X", _parse_number)
@@ -118,6 +124,7 @@ SAMPLING = Kind(
     _parse_sampling,
 )
 DTYPE = Kind("a type of numbers", "TYPE", _parse_dtype)
+TASK = Kind("a task", "TASK", _parse_task)
 LOG_LEVEL = Kind("a log level", "LEVEL", _parse_log_level)
 
 

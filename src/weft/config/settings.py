@@ -22,6 +22,7 @@ from weft.config.options import (
     SAMPLING,
     SIZE,
     SWITCH,
+    TASK,
     TEXT,
     TOKENS,
     TRUTH,
@@ -119,6 +120,12 @@ class Settings:
     kv_cache_dtype: str = _row("auto", TEXT, MODEL,
         "Type of cached keys and values; auto is the model's", is_tgi=True, choices=("auto", "fp8_e4m3fn", "fp8_e5m2"),
         works=("auto",))
+    task: str = _row("auto", TASK, MODEL,
+        "What the model is for; auto embeds when the model's files say how to (sentence-transformers' modules.json, "
+        "GGUF's pooling_type), else generates", aliases=("--runner",), choices=("auto", "generate", "embed"))
+    pooling: str = _row("auto", TEXT, MODEL,
+        "How the hidden states of a text become one vector when the model embeds",
+        auto="what the model's files say, else last", choices=("auto", "last", "mean", "cls"))
     served_model_name: tuple[str, ...] = _row((), NAMES, MODEL,
         "Names that `model` may have on /v1 besides the full id; the first is the one shown", auto="the model's id",
         is_common=True)

@@ -43,6 +43,16 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingEvent:
+    """The vector of a prompt. Always final, and the only event of its request."""
+
+    request_id: RequestId
+    values: bytes
+    """[E] float32, little-endian: the pooled hidden states as the model left them, not normalised."""
+    prompt: PromptReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FailureEvent:
     """A request ended without (further) tokens. Always final."""
 
@@ -52,4 +62,9 @@ class FailureEvent:
     message: str
 
 
-Event = TokenEvent | FailureEvent
+Event = TokenEvent | EmbeddingEvent | FailureEvent
+
+
+def is_final(event: Event) -> bool:
+    """Whether nothing more follows for the event's request."""
+    return not isinstance(event, TokenEvent) or event.finish_reason is not None

@@ -52,6 +52,14 @@ class EngineInfo:
     tokens."""
     quality: QualityReceipt | None = None
     """What few bits cost; None when nothing is rounded or nobody has measured."""
+    pooling: str = ""
+    """How prompts become vectors, a value of `core.request.Pooling`; empty: the model generates text."""
+    embedding_size: int = 0
+    """E: numbers in a vector."""
+    normalizes: bool = False
+    """Vectors have length 1."""
+    embedding_dimensions: tuple[int, ...] = ()
+    """Lengths that a vector may be cut to; none: every length."""
     phases: tuple[tuple[str, float], ...] = field(default=())
     """(start-up phase, seconds) in order."""
 

@@ -8,7 +8,7 @@ Prefill, chunk and decode are rows of one plan, never separate modes.
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from weft.core.request import RequestId, SamplingParams, Slot, StopConditions
+from weft.core.request import Pooling, RequestId, SamplingParams, Slot, StopConditions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,8 @@ class SequenceStart:
     num_prompt_tokens: int
     sampling: SamplingParams
     stop: StopConditions
+    pooling: Pooling | None = None
+    """Not None: the row that samples yields the prompt's vector instead of a token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,5 +86,8 @@ class StepResult:
     """Row index → log-probability of the tokens at positions first+1 … first+num that are prompt tokens."""
     prompt_top_tokens: dict[int, tuple[TopTokens, ...]] = field(default_factory=dict)
     """Row index → alternatives to those tokens, for rows whose sampling asks for them."""
+    embeddings: dict[int, bytes] = field(default_factory=dict)
+    """Row index → vector `[E]` float32 little-endian, for sampling rows of sequences with pooling. Their entries in
+    the two lists above mean nothing."""
     failures: dict[int, str] = field(default_factory=dict)
     """Row index → stable error code (for example `numerical_error`); such a row's token is meaningless."""

@@ -39,6 +39,17 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class Pooling(StrEnum):
+    """Which rows of a prompt's normed hidden states become its one vector."""
+
+    LAST = "last"
+    """The row of the last token: the only one that has seen the whole prompt."""
+    MEAN = "mean"
+    """The mean of all rows."""
+    CLS = "cls"
+    """The row of the first token."""
+
+
 class PenaltyStyle(StrEnum):
     """How repetition counts become a frequency penalty.
 
@@ -149,14 +160,19 @@ class Request:
     """Engine-clock time after which a request still waiting is failed instead of started; None = never."""
     tenant: str = ""
     """Prefix blocks are shared within a tenant only."""
+    pooling: Pooling | None = None
+    """Not None: nothing is generated; the prompt's vector is asked for (`stop.max_new_tokens` is 1, its place)."""
     trace_parent: str = field(default="", compare=False)
     """W3C traceparent of the HTTP request; empty = not traced."""
 
     def check(self, *, vocab_size: int, max_total_tokens: int) -> None:
         """The engine's second look at a request from the wire. Raises ValidationError naming the field."""
         num_prompt = len(self.prompt_token_ids)
-        _check_range("prompt_token_ids length", num_prompt, 1, max_total_tokens - 1)
-        _check_range("max_new_tokens", self.stop.max_new_tokens, 1, max_total_tokens - num_prompt)
+        # A vector takes no place behind its prompt.
+        most_prompt_tokens = max_total_tokens - (self.pooling is None)
+        _check_range("prompt_token_ids length", num_prompt, 1, most_prompt_tokens)
+        most_new_tokens = max_total_tokens - num_prompt if self.pooling is None else 1
+        _check_range("max_new_tokens", self.stop.max_new_tokens, 1, most_new_tokens)
         _check_range("min_new_tokens", self.stop.min_new_tokens, 0, self.stop.max_new_tokens)
         _check_range("emitted_token_ids length", len(self.emitted_token_ids), 0, self.stop.max_new_tokens - 1)
         for name, ids in (

@@ -132,6 +132,7 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             sampling=self.request.sampling,
             stop=self.request.stop,
+            pooling=self.request.pooling,
         )
 
     def plan(self, num_tokens: int) -> bool:

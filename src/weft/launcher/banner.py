@@ -23,7 +23,8 @@ def banner(settings: Settings, ready: Event, phases: Sequence[tuple[str, float]]
         ("serving", f"{url}  ·  docs {url}/docs  ·  metrics {url}/metrics"),
         ("ready in", _phases(phases)),
     )
-    return [f"Weft {__version__}", *(f"  {label:{_LABEL_WIDTH}} {text}" for label, text in rows), "", curl(settings)]
+    first_request = curl(settings, embeds=bool(ready.get("pooling")))
+    return [f"Weft {__version__}", *(f"  {label:{_LABEL_WIDTH}} {text}" for label, text in rows), "", first_request]
 
 
 def base_url(settings: Settings) -> str:
@@ -36,16 +37,15 @@ def base_url(settings: Settings) -> str:
     return f"http://{host}:{settings.port}"
 
 
-def curl(settings: Settings) -> str:
-    """A first request, ready to paste."""
-    body = {
-        "model": settings.shown_model_name,
-        "temperature": 0,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-    }
+def curl(settings: Settings, *, embeds: bool = False) -> str:
+    """A first request, ready to paste; `embeds`: for a model that turns texts into vectors."""
+    question = "What is the capital of France?"
+    body: dict[str, object] = {"model": settings.shown_model_name}
+    body |= {"input": question} if embeds else {"temperature": 0, "messages": [{"role": "user", "content": question}]}
+    route = "/v1/embeddings" if embeds else "/v1/chat/completions"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_key else ""
     quoted = json.dumps(body).replace("'", "'\\''")
-    return f"curl {base_url(settings)}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{quoted}'"
+    return f"curl {base_url(settings)}{route} -H 'Content-Type: application/json'{key} -d '{quoted}'"
 
 
 def all_phases(measured: Sequence[tuple[str, float]], ready: Event, total_s: float) -> list[tuple[str, float]]:
@@ -111,7 +111,9 @@ def _limits(settings: Settings, ready: Event) -> str:
 
 
 def _features(settings: Settings, ready: Event) -> str:
+    pooling = ready.get("pooling")
     switches = {
+        f"embeddings ({pooling} pooling)": bool(pooling),
         "prefix cache": ready.get("prefix_caching", settings.prefix_caching),
         "chunked prefill": True,
         "lookahead": settings.lookahead,

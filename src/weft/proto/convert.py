@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import chain, islice
 
-from weft.core.events import Event, FailureEvent, PromptReport, TokenEvent
+from weft.core.events import EmbeddingEvent, Event, FailureEvent, PromptReport, TokenEvent
 from weft.core.info import EngineInfo, EngineStats, QualityReceipt
 from weft.core.plan import TopTokens
 from weft.core.request import (
     FinishReason,
     LogprobStyle,
     PenaltyStyle,
+    Pooling,
     Request,
     RequestId,
     SamplingParams,
@@ -35,6 +36,13 @@ _PENALTY_TO_WIRE = {PenaltyStyle.TGI: pb.PENALTY_STYLE_TGI, PenaltyStyle.OPENAI:
 _PENALTY_FROM_WIRE = {wire: style for style, wire in _PENALTY_TO_WIRE.items()}
 _LOGPROB_TO_WIRE = {LogprobStyle.PROCESSED: pb.LOGPROB_STYLE_PROCESSED, LogprobStyle.RAW: pb.LOGPROB_STYLE_RAW}
 _LOGPROB_FROM_WIRE = {wire: style for style, wire in _LOGPROB_TO_WIRE.items()}
+_POOLING_TO_WIRE = {
+    None: pb.POOLING_NONE,
+    Pooling.LAST: pb.POOLING_LAST,
+    Pooling.MEAN: pb.POOLING_MEAN,
+    Pooling.CLS: pb.POOLING_CLS,
+}
+_POOLING_FROM_WIRE = {wire: pooling for pooling, wire in _POOLING_TO_WIRE.items()}
 
 _STATS_FIELDS = tuple(EngineStats.__dataclass_fields__)
 _INFO_FIELDS = tuple(name for name in EngineInfo.__dataclass_fields__ if name not in {"phases", "quality"})
@@ -78,6 +86,7 @@ def request_to_wire(request: Request, now_ns: int) -> pb.Request:
         priority=request.priority,
         deadline_in_ns=remaining_ns,
         tenant=request.tenant,
+        pooling=_POOLING_TO_WIRE[request.pooling],
         trace_parent=request.trace_parent,
     )
 
@@ -89,6 +98,8 @@ def request_from_wire(message: pb.Request, now_ns: int) -> Request:
         raise ValidationError("`logit_bias` must have one value per token id", field="logit_bias")
     if sampling.penalty_style not in _PENALTY_FROM_WIRE or sampling.logprob_style not in _LOGPROB_FROM_WIRE:
         raise ValidationError("`penalty_style` or `logprob_style` is not known to this shard", field="sampling")
+    if message.pooling not in _POOLING_FROM_WIRE:
+        raise ValidationError("`pooling` is not known to this shard", field="pooling")
     return Request(
         request_id=RequestId(message.request_id),
         prompt_token_ids=tuple(message.prompt_token_ids),
@@ -121,6 +132,7 @@ def request_from_wire(message: pb.Request, now_ns: int) -> Request:
         priority=message.priority,
         deadline_ns=now_ns + message.deadline_in_ns if message.deadline_in_ns else None,
         tenant=message.tenant,
+        pooling=_POOLING_FROM_WIRE[message.pooling],
         trace_parent=message.trace_parent,
     )
 
@@ -130,7 +142,12 @@ def frame_from_events(events: Iterable[Event], stats: EngineStats | None = None)
     tokens: list[TokenEvent] = []
     details: list[pb.TokenDetail] = []
     failures: list[pb.Failure] = []
+    embeddings: list[pb.Embedding] = []
     for event in events:
+        if isinstance(event, EmbeddingEvent):
+            prompt = _prompt_report_to_wire(event.prompt)
+            embeddings.append(pb.Embedding(request_id=event.request_id, values=event.values, prompt=prompt))
+            continue
         if isinstance(event, FailureEvent):
             failures.append(pb.Failure(request_id=event.request_id, code=event.code, message=event.message))
             continue
@@ -145,12 +162,13 @@ def frame_from_events(events: Iterable[Event], stats: EngineStats | None = None)
         finish_reasons=[_FINISH_TO_WIRE[token.finish_reason] for token in tokens],
         details=details,
         failures=failures,
+        embeddings=embeddings,
         stats=None if stats is None else stats_to_wire(stats),
     )
 
 
 def events_from_frame(frame: pb.ServerFrame) -> list[Event]:
-    """Unpack a frame: token events in order, then failures."""
+    """Unpack a frame: token events in order, then vectors, then failures."""
     details = {detail.entry: detail for detail in frame.details}
     events: list[Event] = []
     columns = zip(
@@ -166,9 +184,17 @@ def events_from_frame(frame: pb.ServerFrame) -> list[Event]:
                 logprob=logprob,
                 finish_reason=_FINISH_FROM_WIRE[finish_reason],
                 top_tokens=None if detail is None else _top_tokens_from_wire(detail),
-                prompt=None if detail is None else _prompt_report_from_wire(detail),
+                prompt=_prompt_report_from_wire(detail.prompt) if detail and detail.HasField("prompt") else None,
             )
         )
+    events.extend(
+        EmbeddingEvent(
+            request_id=RequestId(embedding.request_id),
+            values=embedding.values,
+            prompt=_prompt_report_from_wire(embedding.prompt),
+        )
+        for embedding in frame.embeddings
+    )
     events.extend(
         FailureEvent(request_id=RequestId(failure.request_id), code=failure.code, message=failure.message)
         for failure in frame.failures
@@ -206,10 +232,7 @@ def _top_tokens_from_wire(detail: pb.TokenDetail) -> TopTokens | None:
     return TopTokens(tuple(detail.top_token_ids), tuple(detail.top_logprobs))
 
 
-def _prompt_report_from_wire(detail: pb.TokenDetail) -> PromptReport | None:
-    if not detail.HasField("prompt"):
-        return None
-    report = detail.prompt
+def _prompt_report_from_wire(report: pb.PromptReport) -> PromptReport:
     return PromptReport(
         num_cached_tokens=report.num_cached_tokens,
         queue_ns=report.queue_ns,
@@ -247,6 +270,7 @@ def info_to_wire(info: EngineInfo) -> pb.InfoResponse:
 def info_from_wire(message: pb.InfoResponse) -> EngineInfo:
     """Field by field; the names are the same on both sides."""
     values = {name: getattr(message, name) for name in _INFO_FIELDS}
+    values["embedding_dimensions"] = tuple(message.embedding_dimensions)
     quality: QualityReceipt | None = None
     if message.HasField("quality"):
         quality = QualityReceipt(**{name: getattr(message.quality, name) for name in _QUALITY_FIELDS})

@@ -25,6 +25,7 @@ from weft.errors import ClientGoneError, InternalError, RequestError, Unauthoriz
 from weft.router import anthropic, cloud, embeddings, health, models, native, openai, openapi, responses
 from weft.router.body import discard_body, read_body, require_json
 from weft.router.context import RouterContext
+from weft.router.embedding_inputs import require_generation
 from weft.router.error_replies import body_of, dialect_for, headers_of, status_of
 from weft.router.exchange import SCOPE_KEY, Edge, Exchange
 from weft.router.json_values import Anything, JsonValue
@@ -58,6 +59,7 @@ from weft.router.schemas_cloud import (
     VertexRequest,
     VertexResponse,
 )
+from weft.router.schemas_embeddings import EmbeddingList, EmbeddingsRequest, EmbedRequest
 from weft.router.schemas_native import (
     ChatTokenizeResponse,
     CompatGenerateRequest,
@@ -73,7 +75,6 @@ from weft.router.schemas_openai import (
     ChatRequest,
     Completion,
     CompletionRequest,
-    EmbeddingsRequest,
     Model,
     ModelList,
 )
@@ -167,8 +168,13 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="POST", path="/v1/embeddings", handler=embeddings.embeddings, access=Access.USER,
-        summary="Refused: the model generates text", tag="OpenAI", body=EmbeddingsRequest, answer_type="",
-        example={"input": "What is deep learning?"},
+        summary="Vectors of texts, from a server with an embedding model", tag="OpenAI", body=EmbeddingsRequest,
+        answer=EmbeddingList, embeds=True, example={"input": "What is deep learning?"},
+    ),
+    Route(
+        method="POST", path="/embed", handler=embeddings.embed, access=Access.USER,
+        summary="Vectors of texts, as Text Embeddings Inference", tag="TGI", body=EmbedRequest,
+        answer=list[list[float]], embeds=True, example={"inputs": "What is deep learning?"},
     ),
     Route(
         method="GET", path="/v1/models", handler=models.list_models, access=Access.USER,
@@ -376,7 +382,7 @@ class Dispatch:
         finally:
             if not exchange.generates_later:
                 end_span(self._context, exchange)
-        if route is not None and route.generates and not exchange.generates_later:
+        if route is not None and (route.generates or route.embeds) and not exchange.generates_later:
             self._accounts.add(exchange)
 
     def _account_later(self, exchange: Exchange) -> None:
@@ -389,8 +395,10 @@ class Dispatch:
             await route.handler(self._context, exchange)
             return
         self._context.lifecycle.require_ready()
-        if route.generates and self._context.model is not None:
+        if self._context.model is not None and (route.generates or route.embeds):
             exchange.system_fingerprint = system_fingerprint(self._context.model.info, self._context.version)
+        if route.generates:
+            require_generation(self._context.require_model(), self._context.settings)
         require_json(exchange)
         exchange.stage = "body"
         exchange.body = await read_body(exchange, self._context.settings.payload_limit)
@@ -490,6 +498,8 @@ class GenerationAccounts:
         self._validation.observe(timings.validation_ns / 1e9)
         self._queue.observe(timings.queue_ns / 1e9)
         self._inference.observe(timings.inference_ns / 1e9)
+        if exchange.counts_vectors:
+            return
         self._per_token.observe(timings.inference_ns / 1e9 / max(exchange.num_completion_tokens, 1))
         self._generated.observe(exchange.num_completion_tokens)
 

@@ -7,6 +7,7 @@ once for several tokens. Closing the generator aborts the request; a failure is 
 
 import asyncio
 import contextlib
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,7 +16,7 @@ import grpc
 import structlog
 
 from weft.core.clock import Clock
-from weft.core.events import FailureEvent, PromptReport, TokenEvent
+from weft.core.events import EmbeddingEvent, FailureEvent, PromptReport, TokenEvent
 from weft.core.info import EngineHealth, EngineInfo, EngineStats
 from weft.core.plan import TopTokens
 from weft.core.request import FinishReason, Request, RequestId
@@ -40,6 +41,10 @@ class Backend(Protocol):
 
     def generate(self, request: Request) -> AsyncGenerator[TokenBatch, None]:
         """Events until the final one. Closing it aborts. Raises RequestError."""
+        ...
+
+    async def embed(self, request: Request) -> EmbeddingEvent:
+        """The vector of a request with pooling. Cancelling it aborts. Raises RequestError."""
         ...
 
     async def info(self) -> EngineInfo:
@@ -86,6 +91,7 @@ class OpenRequest:
     request: Request
     emitted_token_ids: list[int] = field(default_factory=list)
     pending: list[TokenEvent] = field(default_factory=list)
+    vector: EmbeddingEvent | None = None
     failure: RequestError | None = None
     is_known_to_shard: bool = True
     """The shard may still be working on it: giving it up means telling the shard."""
@@ -100,6 +106,11 @@ class OpenRequest:
             return
         self.emitted_token_ids.append(event.token_id)
         self.pending.append(event)
+        self._wake()
+
+    def put_vector(self, event: EmbeddingEvent) -> None:
+        """The one event of a request with pooling."""
+        self.vector = event
         self._wake()
 
     def end(self, error: RequestError) -> None:
@@ -117,13 +128,25 @@ class OpenRequest:
         while not self.pending:
             if self.failure is not None:
                 raise self.failure
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         batch, self.pending = self.pending, []
         return batch
+
+    async def wait_for_vector(self) -> EmbeddingEvent:
+        """The vector. Raises the failure that came instead."""
+        while self.vector is None:
+            if self.failure is not None:
+                raise self.failure
+            await self._wait()
+        return self.vector
+
+    async def _wait(self) -> None:
+        """Until something is put or fails."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -177,10 +200,7 @@ class GrpcBackend:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenBatch, None]:
         """See `Backend.generate`."""
-        if not self._connected.is_set():
-            raise NotReadyError("The model server is restarting. Try again later.", retry_after_s=2.0)
-        entry = OpenRequest(request)
-        self._open[request.request_id] = entry
+        entry = self._enter(request)
         is_final = False
         try:
             self._send(pb.ClientFrame(add=convert.request_to_wire(request, self._clock.now_ns())))
@@ -189,10 +209,30 @@ class GrpcBackend:
                 is_final = batch[-1].finish_reason is not None
                 yield batch
         finally:
-            self._open.pop(request.request_id, None)
-            if not is_final and entry.is_known_to_shard and self._connected.is_set():
-                with contextlib.suppress(OverloadedError):
-                    self._send(pb.ClientFrame(abort=pb.Abort(request_id=request.request_id)))
+            self._leave(entry, is_final=is_final)
+
+    async def embed(self, request: Request) -> EmbeddingEvent:
+        """See `Backend.embed`."""
+        entry = self._enter(request)
+        try:
+            self._send(pb.ClientFrame(add=convert.request_to_wire(request, self._clock.now_ns())))
+            return await entry.wait_for_vector()
+        finally:
+            self._leave(entry, is_final=entry.vector is not None)
+
+    def _enter(self, request: Request) -> OpenRequest:
+        if not self._connected.is_set():
+            raise NotReadyError("The model server is restarting. Try again later.", retry_after_s=2.0)
+        entry = self._open[request.request_id] = OpenRequest(request)
+        return entry
+
+    def _leave(self, entry: OpenRequest, *, is_final: bool) -> None:
+        """Forget a request; the shard is told when it may still work on it."""
+        request_id = entry.request.request_id
+        self._open.pop(request_id, None)
+        if not is_final and entry.is_known_to_shard and self._connected.is_set():
+            with contextlib.suppress(OverloadedError):
+                self._send(pb.ClientFrame(abort=pb.Abort(request_id=request_id)))
 
     async def info(self) -> EngineInfo:
         """See `Backend.info`."""
@@ -276,6 +316,8 @@ class GrpcBackend:
                 continue  # aborted while the frame was under way
             if isinstance(event, FailureEvent):
                 entry.end(error_from_event(event))
+            elif isinstance(event, EmbeddingEvent):
+                entry.put_vector(event)
             else:
                 entry.put(event)
         if frame.HasField("stats"):
@@ -306,6 +348,8 @@ class Script:
     """End without a final event, as a broken engine would."""
     queue_ns: int = 1_000_000
     num_cached_tokens: int = 0
+    vector: Sequence[float] = ()
+    """The answer to a request with pooling."""
 
 
 ScriptFor = Callable[[Request], Script]
@@ -349,6 +393,23 @@ class ScriptedBackend:
         finally:
             if not is_final:
                 self.aborted.append(request.request_id)
+
+    async def embed(self, request: Request) -> EmbeddingEvent:
+        """See `Backend.embed`."""
+        self.requests.append(request)
+        script = self._script_for(request)
+        try:
+            await self._wait_for_step()
+        except asyncio.CancelledError:
+            self.aborted.append(request.request_id)
+            raise
+        if script.fail_after is not None:
+            raise script.error
+        return EmbeddingEvent(
+            request_id=request.request_id,
+            values=struct.pack(f"<{len(script.vector)}f", *script.vector),
+            prompt=PromptReport(num_cached_tokens=script.num_cached_tokens, queue_ns=script.queue_ns),
+        )
 
     async def info(self) -> EngineInfo:
         """See `Backend.info`."""

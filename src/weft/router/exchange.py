@@ -91,6 +91,8 @@ class Exchange:
     """Set while an event stream is open: how it says that it failed."""
     generates_later: bool = False
     """Its generation goes on behind the answer and is accounted for when it ends."""
+    counts_vectors: bool = False
+    """It was answered with vectors: there are no tokens whose number or pace could be counted."""
     is_complete: bool = False
     """The last byte of the answer is on its way: what the client does now changes nothing."""
 

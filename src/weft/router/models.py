@@ -49,6 +49,7 @@ def _model(name: str, context: RouterContext, model: ServedModel) -> Model:
         owned_by=context.settings.shown_model_name,
         root=context.settings.shown_model_name,
         max_model_len=model.max_total_tokens,
+        task=model.task,
     )
 
 

@@ -173,6 +173,9 @@ async def info(context: RouterContext, exchange: Exchange) -> None:
         batch_invariant=engine.batch_invariant,
         num_shard=engine.world_size,
         fingerprint=engine.fingerprint,
+        task=model.task,
+        pooling=engine.pooling or None,
+        embedding_size=engine.embedding_size if engine.pooling else None,
         startup_seconds=dict(engine.phases),
     )
     await exchange.reply(200, encode_json(body))

@@ -39,6 +39,9 @@ def note_requests(context: RouterContext, exchange: Exchange, requests: Sequence
     if span is None or not span.is_sampled:
         return
     sampling = requests[0].sampling
+    if requests[0].pooling is not None:
+        _note_embeddings(context, exchange)
+        return
     model = context.settings.shown_model_name
     attributes: dict[str, Attribute] = {
         "gen_ai.operation.name": "chat"
@@ -62,6 +65,20 @@ def note_requests(context: RouterContext, exchange: Exchange, requests: Sequence
             "gen_ai.request.seed": str(sampling.seed),
         }
     span.note(attributes)
+
+
+def _note_embeddings(context: RouterContext, exchange: Exchange) -> None:
+    if exchange.span is not None:
+        model = context.settings.shown_model_name
+        exchange.span.note(
+            {
+                "gen_ai.operation.name": "embeddings",
+                "gen_ai.provider.name": _PROVIDER,
+                "gen_ai.system": _PROVIDER,
+                "gen_ai.request.model": model,
+                "gen_ai.response.model": model,
+            }
+        )
 
 
 def end_span(context: RouterContext, exchange: Exchange) -> None:

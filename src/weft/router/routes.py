@@ -51,6 +51,8 @@ class Route:
     """What a GET reads from its query."""
     generates: bool = False
     """Counts in the request metrics and waits for a place."""
+    embeds: bool = False
+    """As `generates`, on servers whose model makes vectors."""
     example: Mapping[str, JsonValue] | None = None
     is_hidden: bool = False
     """Not in the documentation: an alias."""

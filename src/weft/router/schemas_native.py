@@ -202,4 +202,7 @@ class Info(Struct, kw_only=True):
     batch_invariant: bool
     num_shard: int
     fingerprint: str
+    task: Annotated[str, Meta(description="generate or embed")]
+    pooling: Annotated[str | None, Meta(description="How texts become vectors: last, mean or cls")]
+    embedding_size: Annotated[int | None, Meta(description="Numbers in a vector")]
     startup_seconds: dict[str, float]

@@ -149,16 +149,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     suffix: Annotated[str | None, Meta(description="Refused")] = None
 
 
-class EmbeddingsRequest(Struct, kw_only=True):
-    """Body of /v1/embeddings."""
-
-    input: Annotated[str | list[str | int | list[int]], Meta(description="Text, token ids, or a list of either")]
-    model: Annotated[str | None, Meta(description="A name of /v1/models")] = None
-    dimensions: int | None = None
-    encoding_format: Annotated[str | None, Meta(description="float or base64")] = None
-    user: str | None = None
-
-
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +318,7 @@ class Model(Struct, kw_only=True):
     owned_by: str
     root: str
     max_model_len: int
+    task: Annotated[str, Meta(description="generate or embed")]
 
 
 class ModelList(Struct, kw_only=True):

@@ -85,8 +85,15 @@ class ServedModel:
     """Prompt and completion together."""
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     pipeline_tag: str | None = "text-generation"
+    appended_token_id: TokenId | None = None
+    """Put behind a text that is embedded, where the tokenizer does not do it by itself; None: nothing is."""
     created_s: int = 0
     """Unix time at which the model became ready."""
+
+    @property
+    def task(self) -> str:
+        """What the model is for: `generate` or `embed`."""
+        return "embed" if self.info.pooling else "generate"
 
     @property
     def max_prompt_chars(self) -> int:
@@ -108,13 +115,17 @@ def served_model(settings: Settings, info: EngineInfo, assets: TextAssets) -> Se
     max_total_tokens = min(info.max_total_tokens, settings.max_total_tokens or info.max_total_tokens)
     if settings.max_total_tokens is None and assets.model_max_length is not None:
         max_total_tokens = min(max_total_tokens, assets.model_max_length)
+    # A vector takes no place behind its text.
+    longest_prompt = max_total_tokens - (not info.pooling)
     return ServedModel(
         info=info,
         tokenizer=assets.tokenizer,
         chat_template=assets.chat_template,
         eos_token_ids=tuple(TokenId(token_id) for token_id in assets.eos_token_ids if token_id < info.vocab_size),
-        max_input_tokens=min(settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1),
+        max_input_tokens=min(settings.max_input_tokens or longest_prompt, longest_prompt),
         max_total_tokens=max_total_tokens,
         sampling_defaults=SamplingDefaults.choose(settings, assets.recommended_sampling),
+        pipeline_tag="feature-extraction" if info.pooling else "text-generation",
+        appended_token_id=None if assets.appended_token_id is None else TokenId(assets.appended_token_id),
         created_s=int(time.time()),
     )

@@ -6,7 +6,7 @@ for the serving loop. `EventLedger` watches the stream of events. Both raise Inv
 
 from collections import Counter
 
-from weft.core.events import Event, FailureEvent, TokenEvent
+from weft.core.events import Event, TokenEvent
 from weft.core.plan import StepPlan
 from weft.core.request import BlockId, Request, RequestId
 from weft.core.sequence import Sequence
@@ -148,7 +148,7 @@ class EventLedger:
         """An event came out."""
         request_id = event.request_id
         _demand(request_id in self._next_index, f"an event for request {request_id}, which has ended or never began")
-        if isinstance(event, FailureEvent):
+        if not isinstance(event, TokenEvent):
             del self._next_index[request_id]
             return
         self._record_token(event)

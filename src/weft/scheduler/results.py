@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from weft.core.events import Event, FailureEvent, PromptReport, TokenEvent
+from weft.core.events import EmbeddingEvent, Event, FailureEvent, PromptReport, TokenEvent
 from weft.core.plan import StepPlan, StepResult, TopTokens
 from weft.core.sequence import Sequence
 from weft.errors import GenerationError, InvariantBroken, NumericalError
@@ -132,6 +132,9 @@ class ResultApplier:
         if place is not None:
             if sequence.is_suspect:
                 self._roster.clear(sequence)
+            if sequence.request.pooling is not None:
+                self._emit_embedding(sequence, result.embeddings.get(row), events)
+                return
             top = result.top_tokens.get(row)
             self._emit(sequence, result.token_ids[place], result.logprobs[place], top, events)
 
@@ -157,6 +160,13 @@ class ResultApplier:
         )
         if reason is not None:
             self._roster.end(sequence)
+
+    def _emit_embedding(self, sequence: Sequence, values: bytes | None, events: list[Event]) -> None:
+        if values is None:
+            raise InvariantBroken("a step brought no vector for a prompt that it finished")
+        report = _report_prompt(sequence)
+        events.append(EmbeddingEvent(request_id=sequence.request.request_id, values=values, prompt=report))
+        self._roster.end(sequence)
 
     def _fail_row(self, sequence: Sequence, code: str, events: list[Event]) -> None:
         """One row went wrong. Not-a-number gets a second try from scratch, everything else ends the request."""

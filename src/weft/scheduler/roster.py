@@ -7,7 +7,7 @@ A live sequence either waits in the queue with nothing, or runs with a slot and 
 from bisect import insort
 
 from weft.core.plan import SequenceStart
-from weft.core.request import BlockId, RequestId, Slot
+from weft.core.request import BlockId, Pooling, RequestId, Slot
 from weft.core.sequence import Sequence
 from weft.scheduler import policy
 from weft.scheduler.blocks import BlockPool
@@ -120,8 +120,13 @@ class Roster:
         sequence.num_indexed_blocks = num_full
 
     def may_reuse(self, sequence: Sequence) -> bool:
-        """Prompt log-probabilities need every position computed; a retry after NaN trusts nothing cached."""
+        """Whether keys and values of earlier requests will do, or every position must be computed.
+
+        Prompt log-probabilities and a mean need all of them, a retry after NaN trusts nothing cached.
+        """
         if not self.config.prefix_caching or sequence.num_numerical_failures:
+            return False
+        if sequence.request.pooling not in {None, Pooling.LAST}:
             return False
         lacks_logprobs = len(sequence.prompt_logprobs) < sequence.num_prompt_tokens - 1
         return not (sequence.wants_prompt_logprobs and lacks_logprobs)

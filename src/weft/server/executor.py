@@ -9,7 +9,7 @@ from typing import Protocol
 
 from weft.core.plan import StepPlan, StepResult
 from weft.parallel.broadcast import PlanSender
-from weft.runner.runner import ModelRunner
+from weft.runner.worker import Runner
 
 
 class Executor(Protocol):
@@ -88,7 +88,7 @@ class _Once:
 class LocalExecutor:
     """One rank: the runner of this process."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: Runner) -> None:
         self._thread = _StepThread(runner.execute)
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
@@ -103,7 +103,7 @@ class LocalExecutor:
 class ShardExecutor:
     """Several ranks: every plan goes to the other ranks first, then runs here; the ranks meet in the collectives."""
 
-    def __init__(self, runner: ModelRunner, sender: PlanSender) -> None:
+    def __init__(self, runner: Runner, sender: PlanSender) -> None:
         self._runner = runner
         self._sender = sender
         self._thread = _StepThread(self._execute)

@@ -4,7 +4,7 @@ Steps have no spans: what a step took is in the metrics, and a span per step wou
 """
 
 from weft.core.clock import Clock
-from weft.core.events import Event, FailureEvent
+from weft.core.events import EmbeddingEvent, Event, FailureEvent
 from weft.core.request import Request, RequestId
 from weft.telemetry.tracing import OpenSpan, Tracing, sane_trace_parent
 
@@ -45,14 +45,17 @@ class RequestSpans:
             self._end(event.request_id, error=event.code)
             return
         if event.prompt is not None:
-            span.event("first_token", self._clock.now_ns())
+            if not isinstance(event, EmbeddingEvent):
+                span.event("first_token", self._clock.now_ns())
             span.note(
                 {
                     "gen_ai.usage.cache_read.input_tokens": event.prompt.num_cached_tokens,
                     "gen_ai.latency.time_in_queue": event.prompt.queue_ns / 1e9,
                 }
             )
-        if event.finish_reason is not None:
+        if isinstance(event, EmbeddingEvent):
+            self._end(event.request_id)
+        elif event.finish_reason is not None:
             span.note(
                 {
                     "gen_ai.usage.output_tokens": event.token_index + 1,

@@ -13,10 +13,10 @@ import grpc
 import structlog
 
 from weft.core.clock import Clock
-from weft.core.events import Event, FailureEvent
+from weft.core.events import Event, FailureEvent, is_final
 from weft.core.info import EngineInfo, EngineStats
-from weft.core.request import RequestId
-from weft.errors import OverloadedError, RequestError
+from weft.core.request import Request, RequestId
+from weft.errors import OverloadedError, RequestError, ValidationError
 from weft.limits import LIMITS
 from weft.proto import convert
 from weft.proto.v1 import generate_pb2 as pb
@@ -169,6 +169,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         try:
             request = convert.request_from_wire(message, self._clock.now_ns())
             request.check(vocab_size=serving.info.vocab_size, max_total_tokens=serving.info.max_total_tokens)
+            _require_task(request, serving.info)
             serving.engine.add(request)
         except RequestError as error:
             failure = FailureEvent(request_id=request_id, code=error.code, message=error.message)
@@ -189,7 +190,7 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
             by_stream.setdefault(owner, []).append(event)
             if self._spans is not None:
                 self._spans.note(event)
-            if isinstance(event, FailureEvent) or event.finish_reason is not None:
+            if is_final(event):
                 self._forget(event.request_id)
         if stats.step_tokens and not by_stream:
             # A step of nothing but prompt tokens: who waits for them counts it all the same.
@@ -224,3 +225,12 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         if self._spans is not None:
             self._spans.abort(request_id)
         engine.abort(request_id)
+
+
+def _require_task(request: Request, info: EngineInfo) -> None:
+    """Raise ValidationError for a vector where tokens are made, and the other way round."""
+    asked = "" if request.pooling is None else request.pooling
+    if asked != info.pooling:
+        raise ValidationError(
+            f"`pooling` must be {info.pooling or 'absent'}. Given: {asked or 'none'}", field="pooling"
+        )

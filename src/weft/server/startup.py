@@ -21,7 +21,7 @@ import torch
 from weft.config import Settings
 from weft.core.info import EngineInfo, QualityReceipt
 from weft.core.plan import SequenceStart, StepPlan
-from weft.core.request import RequestId, SamplingParams, Slot, StopConditions
+from weft.core.request import Pooling, RequestId, SamplingParams, Slot, StopConditions
 from weft.errors import DeviceError, DoesNotFitError, InvariantBroken
 from weft.kernels import processor
 from weft.kernels import registry as kernel_registry
@@ -36,8 +36,10 @@ from weft.parallel.groups import Group, SoloGroup, join_group
 from weft.runner import graphs, memory
 from weft.runner.kv_pool import KvPool
 from weft.runner.memory import KvShape, MemoryPlan
+from weft.runner.pooling import EmbeddingRunner
 from weft.runner.runner import Model, ModelRunner
 from weft.runner.sampling.watermark import WatermarkSettings
+from weft.runner.worker import Runner
 from weft.scheduler.config import DEFAULT_BLOCK_SIZE_TOKENS, DEFAULT_MAX_BATCH_PREFILL_TOKENS, SchedulerConfig
 from weft.server import quality
 from weft.server.fingerprint import NumericConfiguration, digest_of_weights, fingerprint
@@ -80,7 +82,7 @@ class PhaseTimer:
 class StartedRank:
     """A rank that can run steps."""
 
-    runner: ModelRunner
+    runner: Runner
     info: EngineInfo
     scheduler_config: SchedulerConfig
     group: Group
@@ -107,7 +109,7 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
     with timer.phase("inspect"):
         layout = _choose_layout(settings, rank)
         configure_kernels(settings)
-        description = _within_context(model_registry.describe(Path(settings.model_path)), settings)
+        description = _within_context(describe_model(settings), settings)
         scheme = choose_scheme(settings, description, layout.device)
     with timer.phase("connect"):
         group = connect_ranks(settings, rank, world_size, layout.device)
@@ -130,7 +132,7 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
         config = _scheduler_config(settings, description, layout, plan)
         runner = _build_runner(settings, description, decoder, layout, plan, config, group)
     with timer.phase("warmup"):
-        warm_up(runner, config)
+        warm_up(runner, config, None if description.pooling is None else description.pooling.mode)
     info = _engine_info(settings, description, layout, plan, config, world_size, timer, numerics)
     device = info.device_name if layout.device.type != "cpu" else ""
     info = replace(info, fingerprint=fingerprint(weights_digest, numerics, device), quality=receipt)
@@ -145,12 +147,18 @@ def measure_quality(settings: Settings) -> tuple[str, NumericConfiguration, Qual
     layout = _choose_layout(settings, rank=0)
     configure_kernels(settings)
     path, group = Path(settings.model_path), SoloGroup()
-    description = _within_context(model_registry.describe(path), settings)
+    description = _within_context(model_registry.describe(path, model_registry.Use("generate")), settings)
     scheme = choose_scheme(settings, description, layout.device)
     numerics = _numeric_configuration(settings, description, layout, group.world_size, scheme)
     decoder = load_decoder(path, description, dtype=layout.dtype, device=layout.device, group=group, scheme=scheme)
     receipt = _measured_quality(settings, description, decoder, layout, group)
     return digest_of_weights(path), numerics, receipt
+
+
+def describe_model(settings: Settings) -> ModelDescription:
+    """What the files of the model say, for the use that the settings name."""
+    use = model_registry.Use(settings.task, settings.pooling)
+    return model_registry.describe(Path(settings.model_path), use)
 
 
 def _within_context(description: ModelDescription, settings: Settings) -> ModelDescription:
@@ -228,8 +236,8 @@ def connect_ranks(settings: Settings, rank: int, world_size: int, device: torch.
     )
 
 
-def warm_up(runner: ModelRunner, config: SchedulerConfig) -> None:
-    """Run a prefill and a decode step through every layer, so that no first request pays for it.
+def warm_up(runner: Runner, config: SchedulerConfig, pooling: Pooling | None = None) -> None:
+    """Run a prefill and, where tokens are made, a decode step through every layer, so that no first request pays.
 
     What it writes is nobody's: the scheduler hands out every block as empty.
     """
@@ -242,6 +250,7 @@ def warm_up(runner: ModelRunner, config: SchedulerConfig) -> None:
         num_prompt_tokens=num_tokens,
         sampling=SamplingParams(do_sample=True, top_k=10, top_p=0.9),
         stop=StopConditions(max_new_tokens=2),
+        pooling=pooling,
     )
     prefill = StepPlan(
         step_id=0,
@@ -254,7 +263,7 @@ def warm_up(runner: ModelRunner, config: SchedulerConfig) -> None:
         new_block_ids=list(range(num_blocks)),
     )
     decode = StepPlan(step_id=1, slots=[0], first_positions=[num_tokens], num_tokens=[1], samples=[True])
-    for plan in (prefill, decode):
+    for plan in (prefill, decode) if pooling is None else (prefill,):
         runner.execute(plan)
 
 
@@ -352,8 +361,8 @@ def _max_total_tokens(settings: Settings, description: ModelDescription, plan: M
             given=description.max_positions,
             reason="the model has no positions beyond",
         )
-    # The last token of a sequence is sampled and never stored.
-    fits = plan.max_batch_total_tokens + 1
+    # The last token of a sequence is sampled and never stored; a text that becomes a vector has no such token.
+    fits = plan.max_batch_total_tokens + (description.pooling is None)
     if fits < min(wanted, description.max_positions):
         log.warning(
             "startup.context_clipped",
@@ -376,12 +385,21 @@ def _build_runner(
     plan: MemoryPlan,
     config: SchedulerConfig,
     group: Group,
-) -> ModelRunner:
+) -> Runner:
     pool = _kv_pool(decoder, layout, plan.num_blocks)
+    model = _fastest_form(
+        decoder, layout, group, max_step_tokens=_max_batch_prefill_tokens(settings, description), config=config
+    )
+    if description.pooling is not None:
+        return EmbeddingRunner(
+            model,
+            pool,
+            max_num_sequences=config.max_num_sequences,
+            max_total_tokens=config.max_total_tokens,
+            device=layout.device,
+        )
     return ModelRunner(
-        _fastest_form(
-            decoder, layout, group, max_step_tokens=_max_batch_prefill_tokens(settings, description), config=config
-        ),
+        model,
         pool,
         max_num_sequences=config.max_num_sequences,
         max_total_tokens=config.max_total_tokens,
@@ -456,6 +474,10 @@ def _engine_info(
         prefix_caching=config.prefix_caching,
         batch_invariant=kernel_registry.is_batch_invariant(layout.dtype, device_type),
         world_size=world_size,
+        pooling="" if description.pooling is None else description.pooling.mode,
+        embedding_size=description.hidden_size,
+        normalizes=description.pooling is not None and description.pooling.normalizes,
+        embedding_dimensions=() if description.pooling is None else description.pooling.dimensions,
         phases=tuple(timer.seconds),
     )
 
@@ -488,8 +510,11 @@ def _quality(
     weights_digest: str,
     timer: PhaseTimer,
 ) -> QualityReceipt | None:
-    """What few bits cost, as far as it is known or asked for. Raises StartupError below the floor."""
-    if not numerics.is_rounded:
+    """What few bits cost, as far as it is known or asked for. Raises StartupError below the floor.
+
+    It is told by the likeliest tokens, of which a model that makes vectors has none.
+    """
+    if not numerics.is_rounded or description.pooling is not None:
         return None
     receipt = quality.kept_receipt(weights_digest, numerics)
     if receipt is None and settings.quality_receipt:

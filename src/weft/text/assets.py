@@ -41,6 +41,8 @@ class TextAssets:
     """Every id that ends a completion: of the generation settings, the model and the tokenizer."""
     recommended_sampling: Mapping[str, float]
     """Sampling parameters that the model's authors recommend, by the names of `RECOMMENDED_SAMPLING_NAMES`."""
+    appended_token_id: int | None
+    """Id of the end-of-text token where the model's settings put it behind every text; embedding models need it."""
     model_max_length: int | None
     """Longest sequence that the tokenizer's author had in mind, None when unknown."""
 
@@ -91,6 +93,7 @@ def load_text_assets(
         special_tokens=MappingProxyType(special_tokens),
         eos_token_ids=_eos_token_ids(directory, tokenizer, special_tokens.get("eos_token")),
         recommended_sampling=MappingProxyType(_recommended_sampling(directory)),
+        appended_token_id=_appended_token_id(config, tokenizer, special_tokens.get("eos_token")),
         model_max_length=_model_max_length(config),
     )
 
@@ -184,6 +187,12 @@ def _eos_token_ids(directory: Path, tokenizer: Tokenizer, eos_token: str | None)
     if eos_token is not None:
         ids.add(tokenizer.token_to_id(eos_token))
     return tuple(sorted(token_id for token_id in ids if isinstance(token_id, int)))
+
+
+def _appended_token_id(config: Json, tokenizer: Tokenizer, eos_token: str | None) -> int | None:
+    """Older files say this beside `tokenizer.json` instead of in it."""
+    is_appended = config.get("add_eos_token") is True and eos_token is not None
+    return tokenizer.token_to_id(eos_token) if is_appended and eos_token is not None else None
 
 
 def _recommended_sampling(directory: Path) -> dict[str, float]:

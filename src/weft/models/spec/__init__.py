@@ -13,6 +13,7 @@ from weft.models.spec.layout import (
     NormSpec,
     WeightRef,
 )
+from weft.models.spec.pooling import PoolingSpec, read_gguf_pooling, read_pooling
 from weft.models.spec.reading import (
     ACTIVATIONS,
     FULL_ATTENTION,
@@ -54,6 +55,7 @@ __all__ = [
     "MlpSpec",
     "ModelDescription",
     "NormSpec",
+    "PoolingSpec",
     "RopeSpec",
     "WeightFormat",
     "WeightRef",
@@ -62,6 +64,8 @@ __all__ = [
     "layer_windows",
     "plain_linear",
     "read_dimensions",
+    "read_gguf_pooling",
+    "read_pooling",
     "read_rope",
     "refuse_bidirectional",
     "separate_attention",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from weft.models.spec.layout import DecoderSpec
+from weft.models.spec.pooling import PoolingSpec
 from weft.models.weights.partition import head_share
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,6 +29,8 @@ class ModelDescription:
     """What most weight bytes are stored as: `bfloat16`, `float32`, `Q4_1`, …"""
     spec: DecoderSpec
     max_positions: int
+    pooling: PoolingSpec | None = None
+    """How texts become vectors; None: the model generates text."""
 
     @property
     def num_layers(self) -> int:

@@ -21,6 +21,21 @@ def read_json_object(path: Path) -> dict[str, object]:
 
     Raises   ModelNotFoundError: missing, unreadable, too large, too deep, not JSON, or not an object
     """
+    document = _read_json(path)
+    if not isinstance(document, dict):
+        raise ModelNotFoundError(f"{path.name} must hold a JSON object.")
+    return document
+
+
+def read_json_objects(path: Path) -> list[dict[str, object]]:
+    """Return the list of objects in a JSON file. Raises as `read_json_object`."""
+    document = _read_json(path)
+    if not isinstance(document, list) or not all(isinstance(entry, dict) for entry in document):
+        raise ModelNotFoundError(f"{path.name} must hold a JSON array of objects.")
+    return document
+
+
+def _read_json(path: Path) -> object:
     name = path.name
     try:
         size = path.stat().st_size
@@ -33,8 +48,6 @@ def read_json_object(path: Path) -> dict[str, object]:
         raise ModelNotFoundError(f"{name} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError):
         raise ModelNotFoundError(f"{name} is not valid JSON; download the model again.") from None
-    if not isinstance(document, dict):
-        raise ModelNotFoundError(f"{name} must hold a JSON object.")
     return document
 
 
@@ -114,6 +127,17 @@ class ModelConfig:
             return ()
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.fault(name, "a list of strings", show=False)
+        return tuple(value)
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        """A list of positive integers; empty when absent."""
+        value = self._values.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(
+            isinstance(item, int) and not isinstance(item, bool) and 1 <= item <= MAX_DIMENSION for item in value
+        ):
+            raise self.fault(name, f"a list of integers from 1 to {MAX_DIMENSION}", show=False)
         return tuple(value)
 
     def section(self, name: str) -> "ModelConfig | None":

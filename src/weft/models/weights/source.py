@@ -77,7 +77,8 @@ class SafetensorsSource:
             mapped.close()
 
     def _entry(self, name: str) -> SafetensorsEntry:
-        entry = self._entries.get(name)
+        # Checkpoints of a model without its output layer, as embedding models are, leave the first part of names out.
+        entry = self._entries.get(name) or self._entries.get(name.removeprefix("model."))
         if entry is None:
             raise missing_tensor(name, "the safetensors files")
         return entry

@@ -21,6 +21,25 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Pooling:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pooling.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_NONE: _Pooling.ValueType  # 0
+    POOLING_LAST: _Pooling.ValueType  # 1
+    POOLING_MEAN: _Pooling.ValueType  # 2
+    POOLING_CLS: _Pooling.ValueType  # 3
+
+class Pooling(_Pooling, metaclass=_PoolingEnumTypeWrapper): ...
+
+POOLING_NONE: Pooling.ValueType  # 0
+POOLING_LAST: Pooling.ValueType  # 1
+POOLING_MEAN: Pooling.ValueType  # 2
+POOLING_CLS: Pooling.ValueType  # 3
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
 class _PenaltyStyle:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -136,6 +155,7 @@ class Request(_message.Message):
     DEADLINE_IN_NS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.int
     priority: _builtins.int
     """Larger goes first."""
@@ -145,6 +165,8 @@ class Request(_message.Message):
     """Prefix blocks are shared within a tenant only."""
     trace_parent: _builtins.str
     """W3C traceparent; empty = not traced."""
+    pooling: Global___Pooling.ValueType
+    """Not NONE: the prompt's vector is asked for, and no token."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -167,10 +189,11 @@ class Request(_message.Message):
         deadline_in_ns: _builtins.int = ...,
         tenant: _builtins.str = ...,
         trace_parent: _builtins.str = ...,
+        pooling: Global___Pooling.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_in_ns", b"deadline_in_ns", "emitted_token_ids", b"emitted_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "trace_parent", b"trace_parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_in_ns", b"deadline_in_ns", "emitted_token_ids", b"emitted_token_ids", "pooling", b"pooling", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "tenant", b"tenant", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -295,6 +318,7 @@ class ServerFrame(_message.Message):
     DETAILS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -313,6 +337,8 @@ class ServerFrame(_message.Message):
     def stats(self) -> Global___EngineStats:
         """Sent with every frame, and alone when nothing else happened for a while."""
 
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]: ...
     def __init__(
         self,
         *,
@@ -324,14 +350,44 @@ class ServerFrame(_message.Message):
         details: _abc.Iterable[Global___TokenDetail] | None = ...,
         failures: _abc.Iterable[Global___Failure] | None = ...,
         stats: Global___EngineStats | None = ...,
+        embeddings: _abc.Iterable[Global___Embedding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "failures", b"failures", "finish_reasons", b"finish_reasons", "logprobs", b"logprobs", "request_ids", b"request_ids", "stats", b"stats", "token_ids", b"token_ids", "token_indices", b"token_indices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "embeddings", b"embeddings", "failures", b"failures", "finish_reasons", b"finish_reasons", "logprobs", b"logprobs", "request_ids", b"request_ids", "stats", b"stats", "token_ids", b"token_ids", "token_indices", b"token_indices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServerFrame: _TypeAlias = ServerFrame  # noqa: Y015
+
+@_typing.final
+class Embedding(_message.Message):
+    """The vector of a prompt; the request has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    values: _builtins.bytes
+    """float32, little-endian; not normalised."""
+    @_builtins.property
+    def prompt(self) -> Global___PromptReport: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        values: _builtins.bytes = ...,
+        prompt: Global___PromptReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "request_id", b"request_id", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
 
 @_typing.final
 class TokenDetail(_message.Message):
@@ -562,6 +618,10 @@ class InfoResponse(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    EMBEDDING_SIZE_FIELD_NUMBER: _builtins.int
+    NORMALIZES_FIELD_NUMBER: _builtins.int
+    EMBEDDING_DIMENSIONS_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     revision: _builtins.str
@@ -591,8 +651,18 @@ class InfoResponse(_message.Message):
     world_size: _builtins.int
     fingerprint: _builtins.str
     """Hashes of weights, numeric configuration and kernel set, joined by "-"."""
+    pooling: _builtins.str
+    """How prompts become vectors: last, mean or cls; empty = the model generates text."""
+    embedding_size: _builtins.int
+    """Numbers in a vector."""
+    normalizes: _builtins.bool
+    """Vectors have length 1."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseTime]: ...
+    @_builtins.property
+    def embedding_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lengths that a vector may be cut to; none = every length."""
+
     @_builtins.property
     def quality(self) -> Global___QualityReceipt:
         """Absent when nothing is rounded or nobody has measured."""
@@ -625,11 +695,15 @@ class InfoResponse(_message.Message):
         world_size: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         phases: _abc.Iterable[Global___PhaseTime] | None = ...,
+        pooling: _builtins.str = ...,
+        embedding_size: _builtins.int = ...,
+        normalizes: _builtins.bool = ...,
+        embedding_dimensions: _abc.Iterable[_builtins.int] | None = ...,
         quality: Global___QualityReceipt | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["quality", b"quality"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "device_name", b"device_name", "device_type", b"device_type", "dtype", b"dtype", "fingerprint", b"fingerprint", "free_bytes", b"free_bytes", "kernel_set", b"kernel_set", "kv_pool_bytes", b"kv_pool_bytes", "max_batch_prefill_tokens", b"max_batch_prefill_tokens", "max_batch_total_tokens", b"max_batch_total_tokens", "max_num_sequences", b"max_num_sequences", "max_total_tokens", b"max_total_tokens", "model_id", b"model_id", "model_type", b"model_type", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "phases", b"phases", "prefix_caching", b"prefix_caching", "quality", b"quality", "quantization", b"quantization", "revision", b"revision", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "batch_invariant", b"batch_invariant", "block_size_tokens", b"block_size_tokens", "device_name", b"device_name", "device_type", b"device_type", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "embedding_size", b"embedding_size", "fingerprint", b"fingerprint", "free_bytes", b"free_bytes", "kernel_set", b"kernel_set", "kv_pool_bytes", b"kv_pool_bytes", "max_batch_prefill_tokens", b"max_batch_prefill_tokens", "max_batch_total_tokens", b"max_batch_total_tokens", "max_num_sequences", b"max_num_sequences", "max_total_tokens", b"max_total_tokens", "model_id", b"model_id", "model_type", b"model_type", "normalizes", b"normalizes", "num_blocks", b"num_blocks", "num_parameters", b"num_parameters", "phases", b"phases", "pooling", b"pooling", "prefix_caching", b"prefix_caching", "quality", b"quality", "quantization", b"quantization", "revision", b"revision", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
