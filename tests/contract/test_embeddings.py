@@ -28,6 +28,13 @@ def embedding_house(**changes: Any) -> House:
     return build_house(**changes)
 
 
+async def sent(house: House, number: int) -> None:
+    """Until the engine has been asked for `number` vectors."""
+    async with asyncio.timeout(5):
+        while len(house.backend.requests) < number:  # noqa: ASYNC110 - the backend has no event for it
+            await asyncio.sleep(0)
+
+
 def error_of(answer: Any) -> tuple[str, str, str]:
     error = answer.json["error"]
     return error["param"], error["code"], error["message"]
@@ -226,8 +233,7 @@ async def test_a_long_list_goes_through_a_window_and_leaves_places_to_others() -
     house = embedding_house(steps=steps, settings={"max_concurrent_requests": 8})
 
     async with house.exchange("POST", "/v1/embeddings", {"input": ["a"] * 20}) as answer:
-        while len(house.backend.requests) < 4:
-            await asyncio.sleep(0)
+        await sent(house, 4)
         for _ in range(20):
             await asyncio.sleep(0)
         assert (len(house.backend.requests), house.context.admission.used) == (4, 4)
@@ -243,13 +249,12 @@ async def test_a_client_that_leaves_aborts_what_is_open_and_starts_nothing_more(
     house = embedding_house(steps=asyncio.Semaphore(1), settings={"max_concurrent_requests": 4})
 
     async with house.exchange("POST", "/v1/embeddings", {"input": ["a"] * 9}):
-        while len(house.backend.requests) < 3:
-            await asyncio.sleep(0)
+        await sent(house, 3)
 
-    sent = {request.request_id for request in house.backend.requests}
+    asked = {request.request_id for request in house.backend.requests}
     assert len(house.backend.aborted) == 2
-    assert set(house.backend.aborted) < sent
-    assert len(sent) == 3
+    assert set(house.backend.aborted) < asked
+    assert len(asked) == 3
     assert (house.context.admission.used, house.context.lifecycle.num_generating) == (0, 0)
 
 
@@ -270,8 +275,7 @@ async def test_no_place_is_429() -> None:
     house = embedding_house(settings={"max_concurrent_requests": 1}, steps=asyncio.Semaphore(0))
 
     async with house.exchange("POST", "/v1/embeddings", {"input": "a"}):
-        while not house.backend.requests:
-            await asyncio.sleep(0)
+        await sent(house, 1)
         answer = await house.post("/v1/embeddings", {"input": "b"})
 
     assert (answer.status, "retry-after" in answer.headers) == (429, True)

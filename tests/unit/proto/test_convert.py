@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.core.events import FailureEvent, PromptReport, TokenEvent
+from weft.core.events import EmbeddingEvent, FailureEvent, PromptReport, TokenEvent
 from weft.core.info import EngineInfo, EngineStats, QualityReceipt
 from weft.core.plan import TopTokens
 from weft.core.request import (
     FinishReason,
     LogprobStyle,
     PenaltyStyle,
+    Pooling,
     Request,
     RequestId,
     SamplingParams,
@@ -62,6 +63,7 @@ requests = st.builds(
     sampling=samplings,
     stop=stops,
     priority=st.integers(-(2**31), 2**31 - 1),
+    pooling=st.none() | st.sampled_from(Pooling),
     deadline_ns=st.none(),
     tenant=st.text(max_size=8),
     trace_parent=st.text(max_size=8),
@@ -91,6 +93,12 @@ token_events = st.builds(
         prompt_top_tokens=st.none() | st.lists(top_tokens(min_size=0), max_size=5).map(tuple),
     ),
 )
+embedding_events = st.builds(
+    EmbeddingEvent,
+    request_id=U64,
+    values=st.binary(max_size=16),
+    prompt=st.builds(PromptReport, num_cached_tokens=TOKEN, queue_ns=U64),
+)
 failure_events = st.builds(FailureEvent, request_id=U64, code=st.text(max_size=8), message=st.text(max_size=8))
 
 
@@ -102,11 +110,15 @@ def test_a_request_survives_the_wire(request_):
     assert convert.request_from_wire(message, now_ns=5).trace_parent == request_.trace_parent
 
 
-@given(st.lists(token_events, max_size=8), st.lists(failure_events, max_size=3))
-def test_the_events_of_a_step_survive_the_wire(tokens, failures):
-    frame = pb.ServerFrame.FromString(convert.frame_from_events([*tokens, *failures]).SerializeToString())
+@given(
+    st.lists(token_events, max_size=8), st.lists(embedding_events, max_size=3), st.lists(failure_events, max_size=3)
+)
+def test_the_events_of_a_step_survive_the_wire(tokens, embeddings, failures):
+    events = [*tokens, *embeddings, *failures]
 
-    assert convert.events_from_frame(frame) == [*tokens, *failures]
+    frame = pb.ServerFrame.FromString(convert.frame_from_events(events).SerializeToString())
+
+    assert convert.events_from_frame(frame) == events
 
 
 def test_a_deadline_travels_as_the_time_that_is_left():
@@ -166,10 +178,11 @@ def test_stats_and_info_survive_the_wire():
     stats = EngineStats(**{name: i + 1 for i, name in enumerate(EngineStats.__dataclass_fields__)})
     info = EngineInfo(
         **{
-            name: {int: i + 1, str: f"text {i}", bool: name == "batch_invariant"}[field.type]
+            name: {int: i + 1, str: f"text {i}", bool: name != "prefix_caching"}[field.type]
             for i, (name, field) in enumerate(EngineInfo.__dataclass_fields__.items())
-            if name not in {"phases", "quality"}
+            if name not in {"phases", "quality", "embedding_dimensions"}
         },
+        embedding_dimensions=(64, 256),
         phases=(("load", 1.5), ("warmup", 0.25)),
         quality=QualityReceipt(reference="bfloat16", top1_agreement=0.9, kl_nats=0.01, num_tokens=2_538),
     )
