@@ -51,11 +51,13 @@ open unless `--protect-health`, metrics unless `--protect-metrics`. A route that
 * A failure that is known before the first token has its own status in streams, too.
 * `top_p` and `typical_p` accept 1.0. `max_new_tokens` beyond the context is clamped, and the answer says so in
   `x-max-new-tokens-clamped`; on `/v1` it is an error. `best_of` accepts a `seed`, from which the others are derived.
-* `decoder_input_details` is honoured whenever it is asked for; `--enable-prefill-logprobs` is not needed.
+* `decoder_input_details` is honoured whenever it is asked for, as on TGI's CPU; `--enable-prefill-logprobs` is not
+  needed.
 * An error's text is TGI's sentence, then the value where that lacks it, then what to do. Sentences that say "less than"
   a limit are TGI's, too; what follows says that the limit itself is accepted.
+* `top_tokens` leaves out tokens that could not be chosen; TGI shows them with a `logprob` of null.
 * A place is taken after validation, so that a wrong request is refused and not told to come back.
-* `/tokenize` honours `truncate`.
+* `/tokenize` honours `truncate`; `/chat_tokenize` refuses what would change the prompt, as chat does.
 * A stop text counts wherever it ends, also inside a token; the text ends with it.
 * On `/v1` OpenAI's API is the truth: `presence_penalty`, `stop` as a text, `finish_reason`, error objects, ids.
 * Asking for a key covers every route but health and metrics, and keys are compared exactly.

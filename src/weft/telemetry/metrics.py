@@ -90,7 +90,11 @@ _OWN_METRICS: tuple[MetricSpec, ...] = (
     _histogram("tgi_request_generated_tokens", LENGTH_BUCKETS, "Completion tokens of a request"),
     _histogram("tgi_request_input_length", LENGTH_BUCKETS, "Prompt tokens of a request"),
     _histogram("tgi_request_max_new_tokens", LENGTH_BUCKETS, "Completion tokens that a request may have"),
-    _histogram("tgi_request_skipped_tokens", SPECULATION_BUCKETS, "Speculated tokens accepted per sequence and step"),
+    _histogram(
+        "tgi_request_skipped_tokens",
+        SPECULATION_BUCKETS,
+        "Speculated tokens accepted per sequence and step; nothing is speculated yet, so it stays empty",
+    ),
     # Queue and batch, with TGI's names; taken from the state that the shard sends with each frame.
     _gauge("tgi_queue_size", "Requests waiting in the engine"),
     _gauge("tgi_batch_current_size", "Sequences running in the engine"),
