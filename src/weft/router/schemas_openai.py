@@ -97,9 +97,9 @@ class SamplingFields(Struct, kw_only=True):
     min_tokens: Annotated[int | None, Meta(description="No end of text before this many tokens")] = None
     ignore_eos: Annotated[bool | None, Meta(description="Go on behind the end of text")] = None
     # Known and refused by name until they exist.
-    guided_json: Anything = ABSENT
-    guided_regex: Anything = ABSENT
-    structured_outputs: Anything = ABSENT
+    guided_json: Annotated[Anything, Meta(description="Not supported yet")] = ABSENT
+    guided_regex: Annotated[Anything, Meta(description="Not supported yet")] = ABSENT
+    structured_outputs: Annotated[Anything, Meta(description="Not supported yet")] = ABSENT
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -116,15 +116,15 @@ class ChatRequest(SamplingFields, kw_only=True):
     ] = None
     tools: Annotated[list[Anything] | None, Meta(description="Not supported yet")] = None
     tool_choice: Annotated[Anything, Meta(description="none or auto")] = ABSENT
-    tool_prompt: str | None = None
+    tool_prompt: Annotated[str | None, Meta(description="TGI's; read, there are no tools yet")] = None
     response_format: Annotated[Anything, Meta(description="Only type text is supported yet")] = ABSENT
     chat_template: Annotated[str | None, Meta(description="Refused: templates come with the model")] = None
-    functions: list[Anything] | None = None
-    function_call: Anything = ABSENT
-    modalities: list[str] | None = None
-    audio: Anything = ABSENT
-    web_search_options: Anything = ABSENT
-    moderation: Anything = ABSENT
+    functions: Annotated[list[Anything] | None, Meta(description="Not supported yet")] = None
+    function_call: Annotated[Anything, Meta(description="none or auto")] = ABSENT
+    modalities: Annotated[list[str] | None, Meta(description="Only text")] = None
+    audio: Annotated[Anything, Meta(description="Not supported")] = ABSENT
+    web_search_options: Annotated[Anything, Meta(description="Not supported")] = ABSENT
+    moderation: Annotated[Anything, Meta(description="Not supported")] = ABSENT
     # Read and checked; `openai_fields.py` says why they change nothing.
     parallel_tool_calls: Annotated[bool | None, Meta(description="Read; there are no tools yet")] = None
     reasoning_effort: Annotated[str | None, Meta(description="Given to templates that read it")] = None

@@ -15,6 +15,11 @@ function resolve(spec, schema) {
   return schema && schema.$ref ? spec.components.schemas[schema.$ref.split("/").pop()] : schema;
 }
 
+// Text whose `words` in backticks are shown as code.
+function prose(text) {
+  return (text || "").split("`").map((part, place) => (place % 2 ? make("code", {}, part) : part));
+}
+
 function typeName(schema) {
   if (!schema) return "";
   if (schema.$ref) return schema.$ref.split("/").pop();
@@ -31,23 +36,49 @@ function rangeOf(schema) {
   return [low !== undefined ? `≥ ${low}` : "", high !== undefined ? `≤ ${high}` : ""].filter(Boolean).join(", ");
 }
 
-// What the data of a server-sent event holds: one table per type that it may have.
-function eventTables(spec, schema) {
+// What the data of a server-sent event holds.
+function eventSchema(schema) {
   const data = schema.properties.data;
-  const content = (data.anyOf ? data.anyOf[0] : data).contentSchema;
-  const types = content.anyOf || [content];
-  return types.map((type) => make("div", {}, make("p", { class: "what" }, typeName(type)), fieldsTable(spec, type)));
+  return (data.anyOf ? data.anyOf[0] : data).contentSchema;
+}
+
+// One table per type that a body, an answer or an event may have; its name where there are several.
+function tablesOf(spec, schema) {
+  if (!schema.anyOf) return [fieldsTable(spec, schema)];
+  return schema.anyOf.map((type) => make("div", {}, make("p", { class: "what" }, typeName(type)), fieldsTable(spec, type)));
+}
+
+function rowOf(name, isRequired, type, note) {
+  const label = make("td", isRequired ? { class: "required" } : {}, name);
+  return make("tr", {}, label, make("td", { class: "type" }, type), make("td", {}, ...prose(note)));
 }
 
 function fieldsTable(spec, schema) {
   const shown = resolve(spec, schema.type === "array" ? schema.items : schema) || {};
   const required = new Set(shown.required || []);
   const rows = Object.entries(shown.properties || {}).map(([name, field]) => {
-    const label = make("td", required.has(name) ? { class: "required" } : {}, name);
     const note = [field.description, rangeOf(field)].filter(Boolean).join(" · ");
-    return make("tr", {}, label, make("td", { class: "type" }, typeName(field)), make("td", {}, note));
+    return rowOf(name, required.has(name), typeNode(spec, field), note);
   });
   return rows.length ? make("table", {}, make("tbody", {}, ...rows)) : make("p", { class: "what" }, typeName(schema));
+}
+
+// The name of a field's type. Types of objects open on a click, made only then: they may hold themselves.
+function typeNode(spec, field) {
+  const inner = (field.anyOf || [field]).map((kind) => (kind.type === "array" ? kind.items || {} : kind));
+  const objects = inner.flatMap((kind) => kind.anyOf || [kind]).filter((kind) => (resolve(spec, kind) || {}).properties);
+  if (!objects.length) return typeName(field);
+  const node = make("details", {}, make("summary", {}, typeName(field)));
+  node.addEventListener("toggle", () => {
+    if (node.childElementCount === 1) for (const kind of objects) node.append(...tablesOf(spec, kind));
+  });
+  return node;
+}
+
+function parametersTable(parameters) {
+  const rows = parameters.map((one) =>
+    rowOf(one.name, one.required, `${one.in} · ${typeName(one.schema)}`, one.description));
+  return make("table", {}, make("tbody", {}, ...rows));
 }
 
 async function send(path, method, body, output, status, signal) {
@@ -73,12 +104,29 @@ async function send(path, method, body, output, status, signal) {
 
 function curlOf(path, method, body) {
   const url = new URL(path, location.href).href;
-  if (body === null) return `curl ${url}`;
+  if (body === null) return method === "GET" ? `curl '${url}'` : `curl -X ${method} '${url}'`;
   return `curl ${url} -H 'Content-Type: ${JSON_TYPE}' -d '${body.replaceAll("'", "'\\''")}'`;
 }
 
-function tryForm(path, method, media) {
-  const target = path.replace(/^\//, "") || "./";
+// One field per parameter, and the address that they make.
+function parameterForm(path, parameters) {
+  const fields = parameters.map((one) => [one, make("input", { "aria-label": one.name, placeholder: one.name })]);
+  const target = () => {
+    let filled = path;
+    const query = new URLSearchParams();
+    for (const [one, field] of fields) {
+      const value = field.value;
+      if (one.in === "path") filled = filled.replace(`{${one.name}}`, encodeURIComponent(value).replaceAll("%2F", "/"));
+      else if (value) query.set(one.name, value);
+    }
+    const end = query.size ? `?${query}` : "";
+    return (filled.replace(/^\//, "") || "./") + end;
+  };
+  return [make("p", { class: "parameters" }, ...fields.map(([, field]) => field)), target];
+}
+
+function tryForm(path, method, media, parameters) {
+  const [form, target] = parameterForm(path, parameters);
   const input = media ? make("textarea", { spellcheck: "false", "aria-label": "Body" }) : null;
   if (input) input.value = JSON.stringify(media.example || {}, null, 2);
   const output = make("pre", { hidden: "" });
@@ -92,7 +140,7 @@ function tryForm(path, method, media) {
     run.textContent = "Stop";
     output.hidden = false;
     try {
-      await send(target, method, input ? input.value : null, output, status, running.signal);
+      await send(target(), method, input ? input.value : null, output, status, running.signal);
     } catch (error) {
       status.textContent = error.name === "AbortError" ? "stopped" : String(error);
     } finally {
@@ -101,10 +149,10 @@ function tryForm(path, method, media) {
     }
   });
   copy.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(curlOf(target, method, input ? input.value : null));
+    await navigator.clipboard.writeText(curlOf(target(), method, input ? input.value : null));
     status.textContent = "copied";
   });
-  return make("div", {}, ...(input ? [input] : []), make("p", {}, run, copy, status), output);
+  return make("div", {}, ...(parameters.length ? [form] : []), ...(input ? [input] : []), make("p", {}, run, copy, status), output);
 }
 
 function routeCard(spec, path, method, operation) {
@@ -114,21 +162,26 @@ function routeCard(spec, path, method, operation) {
     "summary", {},
     make("span", { class: `method ${method}` }, method.toUpperCase()),
     make("span", { class: "path" }, path),
-    make("span", { class: "what" }, operation.summary),
+    make("span", { class: "what" }, ...prose(operation.summary)),
   );
   const body = make("div");
   const card = make("details", { class: "route", id: operation.operationId }, summary, body);
   card.addEventListener("toggle", () => {
     if (body.childElementCount) return;
-    if (media) body.append(make("h3", {}, "Body"), fieldsTable(spec, media.schema));
-    if (answers[JSON_TYPE]) body.append(make("h3", {}, "Answer"), fieldsTable(spec, answers[JSON_TYPE].schema));
-    if (answers[STREAM]) body.append(make("h3", {}, "Events of a stream"), ...eventTables(spec, answers[STREAM].schema));
+    const parameters = operation.parameters || [];
+    if (parameters.length) body.append(make("h3", {}, "Parameters"), parametersTable(parameters));
+    if (media) body.append(make("h3", {}, "Body"), ...tablesOf(spec, media.schema));
+    if (answers[JSON_TYPE]) body.append(make("h3", {}, "Answer"), ...tablesOf(spec, answers[JSON_TYPE].schema));
+    if (answers[STREAM]) {
+      body.append(make("h3", {}, "Events of a stream"), ...tablesOf(spec, eventSchema(answers[STREAM].schema)));
+    }
     const errors = Object.entries(operation.responses).filter(([code]) => code !== "200");
     if (errors.length) {
-      const rows = errors.map(([code, answer]) => make("tr", {}, make("td", {}, code), make("td", {}, answer.description)));
+      const rows = errors.map(([code, answer]) =>
+        rowOf(code, false, typeNode(spec, answer.content[JSON_TYPE].schema), answer.description));
       body.append(make("h3", {}, "Errors"), make("table", {}, make("tbody", {}, ...rows)));
     }
-    if (!path.includes("{")) body.append(make("h3", {}, "Try it"), tryForm(path, method.toUpperCase(), media));
+    body.append(make("h3", {}, "Try it"), tryForm(path, method.toUpperCase(), media, parameters));
   });
   return card;
 }
@@ -145,14 +198,25 @@ function show(spec) {
         if (!operation.tags.includes(tag.name)) continue;
         const card = routeCard(spec, path, method, operation);
         const link = make("a", { href: `#${operation.operationId}` }, `${method.toUpperCase()} ${path}`);
-        link.addEventListener("click", () => { card.open = true; });
+        link.addEventListener("click", () => { card.open = true; });  // also when the address names it already
         contents.append(link);
         section.append(card);
       }
     }
     document.getElementById("routes").append(section);
   }
+  openLinked();
 }
+
+// The route that the address names, also when it changes later.
+function openLinked() {
+  const card = document.getElementById(location.hash.slice(1));
+  if (!card || card.tagName !== "DETAILS") return;
+  card.open = true;
+  card.scrollIntoView();
+}
+
+addEventListener("hashchange", openLinked);
 
 fetch("openapi.json")
   .then((response) => response.json())
