@@ -74,11 +74,31 @@ def _weft(argv: Sequence[str]) -> int:
     return _run(name, argv[1:])
 
 
+_SERVER_USAGE = """\
+usage: text-generation-server COMMAND [ARGUMENT …]
+
+  serve MODEL             run one shard alone, for text-generation-router
+  download-weights MODEL  fetch a model into the cache and print where it is
+
+text-generation-server COMMAND --help explains a command."""
+
+
 def _server(argv: Sequence[str]) -> int:
     names = {"serve": "shard", "download-weights": "download"}
-    if not argv or argv[0] not in names:
-        raise UsageError(f"text-generation-server: say one of {', '.join(names)}.")
-    return _run(names[argv[0]], argv[1:])
+    name = argv[0] if argv else "--help"
+    if name in {"-h", "--help"}:
+        sys.stdout.write(_SERVER_USAGE + "\n")
+        return 0
+    if name in {"-V", "--version"}:
+        return _print_version()
+    if name == "quantize":
+        raise UsageError(
+            "text-generation-server quantize: not supported yet; `weft serve --quantize int8` (or int4) rounds any "
+            "checkpoint while it is loaded."
+        )
+    if name not in names:
+        raise UsageError(f"text-generation-server: no command {name!r}. Commands: {', '.join(names)}.")
+    return _run(names[name], argv[1:])
 
 
 def _run(name: str, argv: Sequence[str]) -> int:

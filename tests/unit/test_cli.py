@@ -23,7 +23,8 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("words", [("weft", "--version"), ("weft", "-V"), ("text-generation-launcher", "--version"),
-                                   ("text-generation-router", "-V"), ("weft", "serve", "--version")])  # fmt: skip
+                                   ("text-generation-router", "-V"), ("weft", "serve", "--version"),
+                                   ("text-generation-server", "--version")])  # fmt: skip
 def test_every_command_says_its_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
@@ -41,6 +42,32 @@ def test_the_overview_lists_all_commands(
 
 
 @pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("weft", "config", "show", "--help"), "weft config show --config weft.toml"),
+        (("weft", "config", "-h"), "usage: weft config show"),
+        (("weft", "router", "--help"), "--master-shard-uds-path PATH"),
+        (("text-generation-router", "-h"), "--tokenizer-name MODEL"),
+        (("weft", "shard", "--help"), "--uds-path PREFIX"),
+        (("text-generation-server", "serve", "--help"), "--logger-level LEVEL"),
+        (("text-generation-server", "--help"), "download-weights MODEL"),
+        (("text-generation-server",), "serve MODEL"),
+        (("text-generation-server", "download-weights", "--help"), "usage: weft download"),
+        (("text-generation-launcher", "--help"), "--max-total-tokens"),
+        (("weft", "serve", "--help-all"), "--otlp-endpoint"),
+    ],
+)
+def test_help_explains_what_a_user_may_type_and_not_what_the_launcher_types(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], named: str
+) -> None:
+    status, output, errors = called(monkeypatch, capsys, *words)
+
+    assert (status, errors) == (0, "")
+    assert named in output
+    assert "--run-dir" not in output
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (("weft", "sevre"), "no command 'sevre'"),
@@ -53,7 +80,8 @@ def test_the_overview_lists_all_commands(
             ("text-generation-router", "--tokenizer-name", "x", "--master-shard-uds-path", "/nobody"),
             "or start everything with text-generation-launcher",
         ),
-        (("text-generation-server", "quantize"), "say one of serve, download-weights"),
+        (("text-generation-server", "quantize"), "not supported yet; `weft serve --quantize int8`"),
+        (("text-generation-server", "serv"), "no command 'serv'. Commands: serve, download-weights"),
         (("text-generation-server", "serve", "model", "--sharded"), "through text-generation-launcher"),
         (("text-generation-benchmark", "-t", "x", "-m", "socket"), "use --url instead of -m"),
     ],

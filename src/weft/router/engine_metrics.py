@@ -26,6 +26,7 @@ class EngineMetrics:
         self._filter_duration = metrics.histogram("tgi_batch_filter_duration")
         self._concat = metrics.counter("tgi_batch_concat")
         self._concat_duration = metrics.histogram("tgi_batch_concat_duration")
+        self._skipped = metrics.histogram("tgi_request_skipped_tokens")
         self._step_sequences = metrics.histogram("weft_step_sequences")
         self._step_tokens = metrics.histogram("weft_step_tokens")
         self._oldest = metrics.gauge("weft_queue_oldest_seconds")
@@ -91,6 +92,8 @@ class EngineMetrics:
         )
         self._forward_duration.observe(stats.step_elapsed_ns / 1e9, method)
         self._decode_duration.observe(stats.step_apply_ns / 1e9, method)
+        # As in TGI: tokens of a sequence in a step beyond the first. Nothing is speculated yet.
+        self._skipped.observe(0.0, times=stats.step_decode_rows)
         self._step_sequences.observe(num_rows)
         self._step_tokens.observe(stats.step_tokens)
         if stats.step_starts:

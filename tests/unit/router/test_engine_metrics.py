@@ -95,3 +95,36 @@ def test_losing_the_shard_is_counted():
 
     assert registry.gauge("weft_engine_up").value() == 1
     assert registry.counter("weft_engine_reconnects").value() == 1
+
+
+def test_the_times_of_a_step_are_cut_where_tgi_cuts_them():
+    registry = Registry()
+    metrics = EngineMetrics(registry)
+    metrics.note_info(EngineInfo(model_id="m", vocab_size=1, max_total_tokens=1, max_batch_total_tokens=320))
+    a_second = 1_000_000_000
+
+    metrics.note_step(
+        stats(step_plan_ns=a_second, step_elapsed_ns=2 * a_second, step_apply_ns=4 * a_second, step_prefill_rows=2,
+              step_starts=2, num_preemptions=3, prefix_query_tokens=50, prefix_hit_tokens=40)
+    )  # fmt: skip
+    metrics.note_delivery(8 * a_second)
+
+    shown = registry.exposition().splitlines()
+    assert 'tgi_batch_inference_duration_sum{method="prefill"} 7' in shown
+    assert 'tgi_batch_forward_duration_sum{method="prefill"} 2' in shown
+    assert 'tgi_batch_decode_duration_sum{method="prefill"} 4' in shown
+    assert 'tgi_batch_filter_duration_sum{method="prefill"} 8' in shown
+    assert 'tgi_batch_concat_duration_sum{method="prefill"} 1' in shown
+    assert "tgi_batch_next_size_sum 2" in shown
+    assert "tgi_batch_max_total_tokens 320" in shown
+    assert {"weft_engine_preemptions 3", "weft_prefix_query_tokens 50", "weft_prefix_hit_tokens 40"} <= set(shown)
+
+
+def test_nothing_is_speculated():
+    registry = Registry()
+
+    EngineMetrics(registry).note_step(stats(step_decode_rows=3))
+
+    shown = registry.exposition().splitlines()
+    assert "tgi_request_skipped_tokens_count 3" in shown
+    assert "tgi_request_skipped_tokens_sum 0" in shown
