@@ -48,6 +48,7 @@ class TestCreate:
                 "cache_read_input_tokens": 4,
                 "output_tokens": 6,
                 "output_tokens_details": {"thinking_tokens": 0},
+                "service_tier": "standard",
             },
         }
 
@@ -196,6 +197,11 @@ class TestErrors:
             ({"container": "c"}, 400, "invalid_request_error", "`container`"),
             ({"mcp_servers": [{}]}, 400, "invalid_request_error", "`mcp_servers`"),
             ({"context_management": {}}, 400, "invalid_request_error", "`context_management`"),
+            ({"diagnostics": {"previous_message_id": "m"}}, 400, "invalid_request_error", "`diagnostics`"),
+            ({"inference_geo": "us"}, 400, "invalid_request_error", "`inference_geo`"),
+            ({"speed": "slow"}, 400, "invalid_request_error", "`speed`"),
+            ({"service_tier": "gold"}, 400, "invalid_request_error", "`service_tier`"),
+            ({"output_config": {"effort": "most"}}, 400, "invalid_request_error", "`output_config.effort`"),
             ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "'image'"),
             ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "invalid_request_error", ".text`"),
             (
@@ -217,11 +223,20 @@ class TestErrors:
         assert word in answer.json["error"]["message"]
         assert answer.json["request_id"] == answer.headers["request-id"] == answer.headers["x-request-id"]
 
+    async def test_the_effort_reaches_a_template_that_reads_it(self):
+        house = build_house()
+        house.template.known_variables |= {"reasoning_effort"}
+
+        await house.post(PATH, body(output_config={"effort": "high"}))
+
+        assert house.template.kwargs == {"reasoning_effort": "high"}
+
     @pytest.mark.parametrize(
         "fields",
         [
             {"tools": [], "tool_choice": {"type": "auto"}, "thinking": {"type": "disabled"}},
             {"output_config": {"effort": "low"}, "service_tier": "auto", "system": None, "stop_sequences": None},
+            {"cache_control": {"type": "ephemeral"}, "speed": "fast", "inference_geo": "global", "diagnostics": None},
         ],
     )
     async def test_what_changes_nothing_is_fine(self, fields: dict[str, Any]):

@@ -23,6 +23,7 @@ from weft.router.exchange import Exchange
 from weft.router.generation import Generation, timing_headers
 from weft.router.json_values import is_given
 from weft.router.model_names import answer_head
+from weft.router.openai_fields import check_choice
 from weft.router.schemas_anthropic import (
     AnthropicAnswer,
     AnthropicMessage,
@@ -32,6 +33,7 @@ from weft.router.schemas_anthropic import (
     ContentBlockStop,
     CountTokensRequest,
     MessageDelta,
+    MessageDeltaUsage,
     MessagePromptFields,
     MessagesRequest,
     MessageStart,
@@ -50,6 +52,9 @@ from weft.router.stream import EventStream, encode_json, named_frame
 
 _FIELD_NAMES = {"stop": "stop_sequences"}
 _ROLES = ("user", "assistant", "system")
+_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_SPEEDS = ("standard", "fast")
+_SERVICE_TIERS = ("auto", "standard_only")
 _OPENING_PING = named_frame("ping", Ping())
 _BLOCK_START = named_frame("content_block_start", ContentBlockStart(index=0, content_block=TextBlock(text="")))
 _BLOCK_STOP = named_frame("content_block_stop", ContentBlockStop(index=0))
@@ -74,7 +79,7 @@ class _Job:
             content=[] if text is None else [TextBlock(text=text)],
             stop_reason=None if is_begin else self.stop_reason,
             stop_sequence=None if is_begin else self.sequence.matched_stop,
-            usage=self.usage(exchange),
+            usage=MessageUsage(**msgspec.structs.asdict(self.usage(exchange))),
         )
 
     @property
@@ -88,11 +93,11 @@ class _Job:
             case _:
                 return "end_turn"
 
-    def usage(self, exchange: Exchange) -> MessageUsage:
+    def usage(self, exchange: Exchange) -> MessageDeltaUsage:
         """The same numbers as on every route, under Anthropic's names."""
         usage = counted(exchange, self.conversation.num_prompt_tokens, self.sequence.num_tokens)
         num_cached = usage.prompt_tokens_details.cached_tokens
-        return MessageUsage(
+        return MessageDeltaUsage(
             input_tokens=usage.prompt_tokens - num_cached,
             cache_creation_input_tokens=0,
             cache_read_input_tokens=num_cached,
@@ -184,10 +189,17 @@ def _check(body: MessagesRequest) -> None:
         "container": is_given(body.container),
         "mcp_servers": bool(body.mcp_servers),
         "context_management": is_given(body.context_management),
+        "diagnostics": is_given(body.diagnostics),
     }
     for name, is_asked_for in refused.items():
         if is_asked_for:
             raise NotSupportedError(f"`{name}` is not supported; leave it out", field=name)
+    check_choice("service_tier", body.service_tier, _SERVICE_TIERS)
+    if body.inference_geo not in (None, "global"):
+        raise NotSupportedError(
+            "`inference_geo` other than global is not supported: the server is where it is. Leave it out",
+            field="inference_geo",
+        )
 
 
 def _check_prompt_fields(body: MessagePromptFields) -> None:
@@ -201,10 +213,16 @@ def _check_prompt_fields(body: MessagePromptFields) -> None:
         )
     if body.output_config is not None and is_given(body.output_config.format):
         raise NotSupportedError("`output_config.format` is not supported yet; leave it out", field="output_config")
+    check_choice("output_config.effort", None if body.output_config is None else body.output_config.effort, _EFFORTS)
+    check_choice("speed", body.speed, _SPEEDS)
 
 
 def _chat_body(body: MessagePromptFields) -> ChatRequest:
-    chat = ChatRequest(messages=_messages(body), chat_template_kwargs=body.chat_template_kwargs)
+    chat = ChatRequest(
+        messages=_messages(body),
+        chat_template_kwargs=body.chat_template_kwargs,
+        reasoning_effort=None if body.output_config is None else body.output_config.effort,
+    )
     if not isinstance(body, MessagesRequest):
         return chat
     return msgspec.structs.replace(

@@ -48,7 +48,7 @@ class ThinkingOptions(Struct, kw_only=True):
 class OutputOptions(Struct, kw_only=True):
     """How the answer is made."""
 
-    effort: Annotated[str | None, Meta(description="Read; a hint to models that know it")] = None
+    effort: Annotated[str | None, Meta(description="Given to templates that read it")] = None
     format: Annotated[Anything, Meta(description="Not supported yet")] = ABSENT
 
 
@@ -68,6 +68,8 @@ class MessagePromptFields(Struct, kw_only=True):
     output_config: OutputOptions | None = None
     tools: Annotated[list[Anything] | None, Meta(description="Not supported yet")] = None
     tool_choice: Annotated[ToolChoice | None, Meta(description="none or auto")] = None
+    cache_control: Annotated[Anything, Meta(description="Read; shared prefixes are found without it")] = ABSENT
+    speed: Annotated[str | None, Meta(description="standard or fast; there is one speed")] = None
     chat_template_kwargs: Annotated[
         dict[str, Anything] | None, Meta(description="Extension: variables of the model's own template")
     ] = None
@@ -83,11 +85,13 @@ class MessagesRequest(MessagePromptFields, kw_only=True):
     temperature: Annotated[float | None, Meta(description="0 to 1; 0 is greedy, absent = 1")] = None
     top_k: Annotated[int | None, Meta(description="Sample among the k likeliest tokens; 0 is off")] = None
     top_p: Annotated[float | None, Meta(description="0 to 1; 1 is off")] = None
-    service_tier: str | None = None
+    service_tier: Annotated[str | None, Meta(description="auto or standard_only; there is one tier")] = None
+    inference_geo: Annotated[str | None, Meta(description="Only global; the server is where it is")] = None
     # Known and refused by name.
     container: Anything = ABSENT
     mcp_servers: list[Anything] | None = None
     context_management: Anything = ABSENT
+    diagnostics: Anything = ABSENT
 
 
 class CountTokensRequest(MessagePromptFields, kw_only=True):
@@ -110,7 +114,7 @@ class MessageTokensDetails(Struct, kw_only=True):
     thinking_tokens: int
 
 
-class MessageUsage(Struct, kw_only=True):
+class MessageDeltaUsage(Struct, kw_only=True):
     """What was counted. `input_tokens` are those that the prefix cache did not have."""
 
     input_tokens: int
@@ -118,6 +122,12 @@ class MessageUsage(Struct, kw_only=True):
     cache_read_input_tokens: int
     output_tokens: int
     output_tokens_details: MessageTokensDetails
+
+
+class MessageUsage(MessageDeltaUsage, kw_only=True):
+    """The same, in the answer itself."""
+
+    service_tier: str = "standard"
 
 
 class AnthropicAnswer(Struct, kw_only=True, tag_field="type", tag="message"):
@@ -230,7 +240,7 @@ class MessageDelta(Struct, kw_only=True, tag_field="type", tag="message_delta"):
     """The answer is whole."""
 
     delta: StopDelta
-    usage: MessageUsage
+    usage: MessageDeltaUsage
 
 
 class MessageStop(Struct, kw_only=True, tag_field="type", tag="message_stop"):

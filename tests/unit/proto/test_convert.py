@@ -110,9 +110,7 @@ def test_a_request_survives_the_wire(request_):
     assert convert.request_from_wire(message, now_ns=5).trace_parent == request_.trace_parent
 
 
-@given(
-    st.lists(token_events, max_size=8), st.lists(embedding_events, max_size=3), st.lists(failure_events, max_size=3)
-)
+@given(st.lists(token_events, max_size=8), st.lists(embedding_events, max_size=3), st.lists(failure_events, max_size=3))
 def test_the_events_of_a_step_survive_the_wire(tokens, embeddings, failures):
     events = [*tokens, *embeddings, *failures]
 
