@@ -1,7 +1,12 @@
 """SageMaker, Vertex AI and KServe: the same generations in other frames."""
 
+import copy
+import json
+from typing import Any
+
 import pytest
 from tests.contract.house import EOS, Script, build_house, ids_of, say, text_of
+from tests.contract.test_bad_input import VALUES, as_json
 
 from weft.core.request import Request
 from weft.errors import GenerationError
@@ -245,13 +250,16 @@ class TestKServe:
         ("body", "error_type", "part"),
         [
             ({"inputs": [tensor("a")], "outputs": [{"name": "x"}] * 2}, "length mismatch",
-             "Inputs and outputs length mismatch"),
+             "Inputs and outputs length mismatch. Given: 1 `inputs` and 2 `outputs`"),
             ({"inputs": [tensor("a") | {"data": [255, 254]}]}, "utf8", "`inputs[0].data` is not UTF-8"),
             ({"inputs": [tensor("a") | {"data": ["a", 1]}]}, "validation", "must not mix"),
             ({"inputs": [tensor("a") | {"data": [256]}]}, "validation", "`inputs[0].data[0]` must be an integer"),
             ({"inputs": [tensor("a") | {"datatype": "FP32"}]}, "validation", "must be BYTES. Given: 'FP32'"),
             ({"inputs": []}, "validation", "`inputs` must hold 1 to 128"),
             ({"inputs": [tensor("")]}, "validation", "`inputs` cannot be empty"),
+            ({"inputs": [tensor("a"), tensor("b", "")]}, "validation", "(in `inputs[1].data`)"),
+            ({"inputs": [tensor("a") | {"data": []}]}, "validation", "(in `inputs[0].data`)"),
+            ({"inputs": [tensor("a" * 80)]}, "validation", "(in `inputs[0].data`)"),
             ({"inputs": [tensor("a")], "parameters": {"details": True}}, "validation", "`details`"),
             ({"inputs": [tensor("a")], "parameters": {"top_k": 0}}, "validation", "`top_k`"),
         ],
@@ -300,3 +308,60 @@ async def test_one_http_request_counts_once(path: str, body: dict[str, object]):
     assert house.context.metrics.counter("tgi_request_count").value() == 1
     assert house.context.metrics.counter("tgi_request_success").value() == 1
     assert house.context.metrics.counter("weft_http_requests").value(path, "200") == 1
+
+
+VERTEX = {"instances": [{"inputs": "a", "parameters": {}}]}
+INFER = {"id": "1", "inputs": [tensor("a")], "outputs": [{"name": "o"}], "parameters": {}}
+TEXTS = {"text", "number as text", "unicode"}
+ANY_TEXT = TEXTS | {"empty text"}
+OBJECTS = {"null", "object", "odd object"}
+POSITIVE = {name for name, value in VALUES.items() if isinstance(value, int | float) and 0 < value <= 1e308} - {"true"}
+PLACES: list[tuple[str, dict[str, Any], list[str | int], set[str]]] = [
+    ("/vertex", VERTEX, ["instances"], set()),
+    ("/vertex", VERTEX, ["instances", 0], set()),
+    ("/vertex", VERTEX, ["instances", 0, "inputs"], TEXTS),
+    ("/vertex", VERTEX, ["instances", 0, "parameters"], OBJECTS),
+    ("/vertex", VERTEX, ["instances", 0, "parameters", "temperature"], {"null"} | POSITIVE),
+    ("/vertex", VERTEX, ["instances", 0, "parameters", "watermark"], {"null", "true", "false"}),
+    ("/invocations", VERTEX["instances"][0], ["inputs"], TEXTS),
+    ("/invocations", VERTEX["instances"][0], ["stream"], {"null", "true", "false"}),
+    ("/invocations", VERTEX["instances"][0], ["parameters", "temperature"], {"null"} | POSITIVE),
+    ("/v2/models/m/infer", INFER, ["id"], {"null"} | ANY_TEXT),
+    ("/v2/models/m/infer", INFER, ["inputs"], set()),
+    ("/v2/models/m/infer", INFER, ["inputs", 0], set()),
+    ("/v2/models/m/infer", INFER, ["inputs", 0, "name"], ANY_TEXT),
+    ("/v2/models/m/infer", INFER, ["inputs", 0, "shape"], {"array", "array of int"}),
+    ("/v2/models/m/infer", INFER, ["inputs", 0, "datatype"], set()),
+    ("/v2/models/m/infer", INFER, ["inputs", 0, "data"], {"array of text", "array of int"}),
+    ("/v2/models/m/infer", INFER, ["outputs"], {"null", "array"}),
+    ("/v2/models/m/infer", INFER, ["outputs", 0], set()),
+    ("/v2/models/m/infer", INFER, ["outputs", 0, "name"], ANY_TEXT),
+    ("/v2/models/m/infer", INFER, ["parameters"], OBJECTS),
+    ("/v2/models/m/infer", INFER, ["parameters", "temperature"], {"null"} | POSITIVE),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "place", "fine"), PLACES)
+async def test_a_wrong_value_anywhere_is_a_typed_error_that_names_its_place(
+    path: str, body: dict[str, Any], place: list[str | int], fine: set[str]
+):
+    house = build_house()
+    name = [step for step in place if isinstance(step, str)][-1]
+    wrong = []
+    for kind, value in VALUES.items():
+        answer = await house.request("POST", path, _with(body, place, value))
+        is_right = answer.status == 200 if kind in fine else answer.status == 422 and name in answer.json["error"]
+        if not is_right:
+            wrong.append((kind, answer.status, answer.body))
+    assert wrong == []
+    assert house.context.admission.used == 0
+
+
+def _with(body: dict[str, Any], place: list[str | int], value: object) -> bytes:
+    marker = "__value__"
+    changed = copy.deepcopy(body)
+    holder: Any = changed
+    for step in place[:-1]:
+        holder = holder[step]
+    holder[place[-1]] = marker
+    return json.dumps(changed).encode().replace(f'"{marker}"'.encode(), as_json(value))

@@ -173,14 +173,22 @@ async def infer(context: RouterContext, exchange: Exchange) -> None:
     _refuse_parameters_without_place(body.parameters)
     names = [tensor.name for tensor in body.outputs or body.inputs]
     if len(names) != len(body.inputs):
-        raise TensorCountError("Inputs and outputs length mismatch", field="outputs")
+        raise TensorCountError(
+            f"Inputs and outputs length mismatch. Given: {len(body.inputs)} `inputs` and {len(names)} `outputs`; name "
+            "one output per input, or none",
+            field="outputs",
+        )
     texts = [list(_texts_of(tensor, position)) for position, tensor in enumerate(body.inputs)]
     _check_count("inputs", sum(map(len, texts)), context)
     answers: list[native.WholeAnswer] = []
-    for text in (text for tensor_texts in texts for text in tensor_texts):
+    for position, text in ((position, text) for position, of_tensor in enumerate(texts) for text in of_tensor):
         first_index = sum(len(answer.requests) for answer in answers)
         request = GenerateRequest(inputs=text, parameters=body.parameters)
-        prepared, model = await native.prepare(context, exchange, request, shows_prompt=False, is_stream=False)
+        try:
+            prepared, model = await native.prepare(context, exchange, request, shows_prompt=False, is_stream=False)
+        except ValidationError as error:
+            # Parameters are those of all inputs.
+            raise _at(f"inputs[{position}].data", error) if error.field == "inputs" else error from None
         answers.append(native.WholeAnswer(prepared, model, first_index))
     await _run(context, exchange, answers)
     generated = iter([answer.response().generated_text for answer in answers])
