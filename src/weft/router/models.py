@@ -25,9 +25,9 @@ _MAX_PAGE_MODELS = 1000
 async def list_models(context: RouterContext, exchange: Exchange) -> None:
     """GET /v1/models."""
     model = context.known_model()
-    names = shown_names(context)
+    names, query = shown_names(context), decode_query(exchange, AnthropicModelsQuery)
     if speaks_anthropic(exchange):
-        await exchange.reply(200, encode_json(_page(names, decode_query(exchange, AnthropicModelsQuery), model)))
+        await exchange.reply(200, encode_json(_page(names, query, model)))
         return
     await exchange.reply(200, encode_json(ModelList(data=[_model(name, context, model) for name in names])))
 
