@@ -183,6 +183,8 @@ class MethodNotAllowedError(RequestError):
     """The route exists for another method."""
 
     code = "method_not_allowed"
+    allowed: tuple[str, ...] = ()
+    """Methods that the route has, for the header `Allow`."""
     openai_code = "method_not_supported"
     http_status = 405
     openai_status = 405

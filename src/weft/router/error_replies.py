@@ -11,6 +11,7 @@ from weft.errors import (
     GenerationError,
     IncompleteGenerationError,
     MalformedJsonError,
+    MethodNotAllowedError,
     NotReadyError,
     OverloadedError,
     RequestError,
@@ -110,6 +111,8 @@ def headers_of(error: RequestError) -> RawHeaders:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(retry_after_s))))
     if isinstance(error, UnauthorizedError):
         headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, MethodNotAllowedError):
+        headers.append((b"allow", ", ".join(error.allowed).encode()))
     return headers
 
 

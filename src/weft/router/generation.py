@@ -130,10 +130,13 @@ class Generation:
             self._first_token_seconds.observe((now_ns - exchange.timings.started_ns) / 1e9)
 
 
-def timing_headers(exchange: Exchange) -> RawHeaders:
-    """TGI's: whole milliseconds, and seconds as a decimal in x-compute-time."""
+def timing_headers(exchange: Exchange, num_shown_tokens: int | None = None) -> RawHeaders:
+    """TGI's: whole milliseconds, and seconds as a decimal in x-compute-time.
+
+    `num_shown_tokens`: completion tokens of the answer, when it does not show all that were generated.
+    """
     timings = exchange.timings
-    num_tokens = exchange.num_completion_tokens
+    num_tokens = exchange.num_completion_tokens if num_shown_tokens is None else num_shown_tokens
     milliseconds = {
         b"x-total-time": timings.total_ns,
         b"x-validation-time": timings.validation_ns,
@@ -142,7 +145,7 @@ def timing_headers(exchange: Exchange) -> RawHeaders:
         b"x-time-per-token": timings.inference_ns // max(num_tokens, 1),
     }
     return [
-        (b"x-compute-time", b"%.9g" % (timings.total_ns / 1e9)),
+        (b"x-compute-time", b"%.9f" % (timings.total_ns / 1e9)),
         *((name, b"%d" % (value // 1_000_000)) for name, value in milliseconds.items()),
         (b"x-prompt-tokens", b"%d" % exchange.num_prompt_tokens),
         (b"x-generated-tokens", b"%d" % num_tokens),

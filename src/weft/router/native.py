@@ -237,7 +237,8 @@ async def _answer(
                 answer.collect(sequence, batch)
     response = answer.response()
     content = encode_json([response] if is_array else response)
-    await exchange.reply(200, content, headers=[*prepared.headers, *timing_headers(exchange)])
+    headers = [*prepared.headers, *timing_headers(exchange, answer.num_shown_tokens)]
+    await exchange.reply(200, content, headers=headers)
 
 
 class WholeAnswer:
@@ -256,6 +257,16 @@ class WholeAnswer:
         """One per sequence."""
         return self._prepared.requests
 
+    @property
+    def num_shown_tokens(self) -> int:
+        """Completion tokens of the likeliest sequence, which TGI's headers count."""
+        return self._best.sequence.num_tokens
+
+    @property
+    def _best(self) -> _Collected:
+        """The first of the likeliest."""
+        return max(self._collected, key=lambda sequence: sequence.mean_logprob)
+
     def collect(self, sequence: SequenceText, batch: Sequence[TokenEvent]) -> None:
         """Take in events of one of the sequences."""
         _collect(self._collected[sequence.index - self._first_index], batch, self._model)
@@ -264,7 +275,7 @@ class WholeAnswer:
         """The likeliest sequence; the others in the details, when those were asked for."""
         prepared = self._prepared
         parameters = prepared.parameters
-        best = max(self._collected, key=lambda sequence: sequence.mean_logprob)
+        best = self._best
         text = _full_text(best, prepared)
         if not (parameters.details or parameters.decoder_input_details):
             return GenerateResponse(generated_text=text)

@@ -85,7 +85,9 @@ class RouteTable:
         # HEAD is GET without the body; the server leaves the body out.
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:
-            raise MethodNotAllowedError(f"{method[:16]} is not allowed here. Use {' or '.join(sorted(methods))}")
+            error = MethodNotAllowedError(f"{method[:16]} is not allowed here. Use {' or '.join(sorted(methods))}")
+            error.allowed = tuple(sorted(methods))
+            raise error
         return route
 
     def _methods_at(self, path: str) -> dict[str, Route]:
