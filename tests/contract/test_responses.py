@@ -359,7 +359,7 @@ class TestMemory:
         assert newest["has_more"] is True
         assert rest["data"] == everything["data"][2::-1]
 
-    @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=nothing"])
+    @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=null", "order=up", "after=nothing"])
     async def test_a_bad_query_is_named(self, query: str):
         house = big_house()
         response = (await house.post(PATH, {"input": "a"})).json

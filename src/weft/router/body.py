@@ -144,9 +144,14 @@ def decode_query(exchange: Exchange, query_type: type[Body]) -> Body:
     except ValueError:
         raise BadRequestError(f"The query must have at most {LIMITS.max_headers} parameters") from None
     try:
-        return msgspec.convert(given, query_type, strict=False)
+        decoded = msgspec.convert(given, query_type, strict=False)
     except msgspec.ValidationError as error:
         raise _wrong_type(str(error), json.dumps(given).encode()) from None
+    for name in given.keys() & set(query_type.__struct_encode_fields__):
+        # A query has texts only: what was read as JSON's null is the word.
+        if getattr(decoded, name) is None:
+            raise _type_error(name, f"`{name}` must have a value or be left out. Given: null")
+    return decoded
 
 
 def check_depth(body: bytes) -> None:
