@@ -45,6 +45,31 @@ def rows_and_paths(rows: list[Row]) -> list[Any]:
 
 NO_STREAM = (WHOLE, COMPAT)
 
+# --- routes -------------------------------------------------------------------------------------------------------
+
+ROUTES_OF_TGI = [
+    *(("POST", path) for path in (
+        "/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions", "/vertex", "/invocations",
+        "/tokenize", "/chat_tokenize", "/v2/models/m/versions/1/infer", "/predict",
+    )),
+    *(("GET", path) for path in (
+        "/", "/info", "/model_info", "/health", "/ping", "/metrics", "/v1/models", "/docs", "/api-doc/openapi.json",
+        "/v2/models/m/versions/1", "/v2/models/m/versions/1/ready", "/v2", "/v2/health/live", "/v2/health/ready",
+        "/alive",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES_OF_TGI)
+async def test_every_route_of_tgi_is_there(method: str, path: str):
+    """With those that TGI has in builds for Google's and KServe's platforms, and the older /model_info."""
+    house = build_house(settings={"aip_predict_route": "/predict", "aip_health_route": "/alive"})
+
+    answer = await house.request(method, path, b"{}" if method == "POST" else None)
+
+    assert answer.status == (200 if method == "GET" else 400 if path.startswith("/v1") else 422)
+
+
 # --- parameters: bounds and messages ------------------------------------------------------------------------------
 
 REFUSED = [
@@ -401,6 +426,22 @@ async def test_a_wrong_key_is_401_and_a_wrong_path_404():
 
 
 # --- the whole answer ---------------------------------------------------------------------------------------------
+
+
+async def test_a_whole_answer_byte_for_byte():
+    house = build_house(say("hi"))
+    parameters = {"max_new_tokens": 2, "details": True, "top_n_tokens": 1}
+
+    answer = await house.post(WHOLE, {"inputs": "Hi", "parameters": parameters})
+
+    h, i = (
+        f'{{"id":{token_id},"text":"{text}","logprob":-0.5,"special":false}}'
+        for token_id, text in zip(ids_of("hi", eos=False), "hi", strict=True)
+    )
+    assert answer.body.decode() == (
+        '{"generated_text":"hi","details":{"finish_reason":"length","generated_tokens":2,"seed":null,"prefill":[],'
+        f'"tokens":[{h},{i}],"top_tokens":[[{h}],[{i}]]}}}}'
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,29 +16,45 @@ Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 class GenerateParameters(Struct, kw_only=True):
     """How to generate. An empty object decodes greedily; no object at all samples at temperature 1."""
 
-    best_of: Annotated[UInt32 | None, Meta(description="Generate this many and keep the likeliest; needs sampling")] = (
-        None
-    )
-    temperature: Annotated[float | None, Meta(description="> 0; 1 is neutral")] = None
-    repetition_penalty: Annotated[float | None, Meta(description="> 0; 1 is neutral")] = None
-    frequency_penalty: Annotated[float | None, Meta(description="-2 to 2; 0 is neutral")] = None
-    top_k: Annotated[Int32 | None, Meta(description="Sample among the k likeliest tokens")] = None
-    top_p: Annotated[float | None, Meta(description="0 < p <= 1; 1 is off")] = None
-    typical_p: Annotated[float | None, Meta(description="0 < p <= 1; 1 is off")] = None
-    do_sample: Annotated[bool | None, Meta(description="Sample instead of taking the likeliest token")] = None
+    best_of: Annotated[
+        UInt32 | None,
+        Meta(description="Generate this many, 1 to --max-best-of, and keep the likeliest; needs sampling; absent = 1"),
+    ] = None
+    temperature: Annotated[float | None, Meta(description="> 0; absent = 1, neutral")] = None
+    repetition_penalty: Annotated[float | None, Meta(description="> 0; absent = 1, neutral")] = None
+    frequency_penalty: Annotated[float | None, Meta(description="-2 to 2; absent = 0, neutral")] = None
+    top_k: Annotated[Int32 | None, Meta(description="Sample among the k likeliest tokens; >= 1; absent = all")] = None
+    top_p: Annotated[float | None, Meta(description="0 < p <= 1; absent = 1, off")] = None
+    typical_p: Annotated[float | None, Meta(description="0 < p <= 1; absent = 1, off")] = None
+    do_sample: Annotated[
+        bool | None, Meta(description="Sample instead of taking the likeliest token; absent = only if a value needs it")
+    ] = None
     max_new_tokens: Annotated[
-        UInt32 | None, Meta(description="Most tokens to generate; absent = what the context leaves")
+        UInt32 | None, Meta(description="Most tokens to generate, >= 1; absent = what the context leaves")
     ] = None
-    return_full_text: Annotated[bool | None, Meta(description="Put the prompt before the generated text")] = None
-    stop: Annotated[list[str] | None, Meta(description="Texts that end the generation; they stay in the text")] = None
-    truncate: Annotated[UInt32 | None, Meta(description="Keep this many of the prompt's last tokens")] = None
-    watermark: Annotated[bool | None, Meta(description="Mark the text, arXiv 2301.10226")] = None
-    details: Annotated[bool | None, Meta(description="Return tokens, log-probabilities and the finish reason")] = None
+    return_full_text: Annotated[
+        bool | None,
+        Meta(description="Put the prompt before the generated text; absent = false, true on / and /invocations"),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        Meta(description="Texts that end the generation and stay in the text; at most --max-stop-sequences"),
+    ] = None
+    truncate: Annotated[
+        UInt32 | None, Meta(description="Keep this many of the prompt's last tokens, 1 to --max-input-tokens")
+    ] = None
+    watermark: Annotated[bool | None, Meta(description="Mark the text, arXiv 2301.10226; absent = false")] = None
+    details: Annotated[
+        bool | None, Meta(description="Return tokens, log-probabilities and the finish reason; absent = false")
+    ] = None
     decoder_input_details: Annotated[
-        bool | None, Meta(description="Return the prompt's log-probabilities too; implies details, not in streams")
+        bool | None,
+        Meta(description="Return the prompt's log-probabilities too; implies details, not in streams; absent = false"),
     ] = None
-    seed: Annotated[int | None, Meta(description="0 to 2^64 - 1; random when absent")] = None
-    top_n_tokens: Annotated[UInt32 | None, Meta(description="Return this many likeliest tokens per place")] = None
+    seed: Annotated[int | None, Meta(description="0 to 2^64 - 1; absent = random")] = None
+    top_n_tokens: Annotated[
+        UInt32 | None, Meta(description="Return this many likeliest tokens per place, 0 to --max-top-n-tokens")
+    ] = None
     grammar: Annotated[Anything, Meta(description="Not supported yet")] = ABSENT
     adapter_id: Annotated[str | None, Meta(description="Not supported yet")] = None
 
