@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.e2e.harness import clean_environment, free_port, wait_until
+from tests.e2e.harness import clean_environment, free_port, run_command, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -59,3 +59,16 @@ def test_a_router_serves_for_a_shard_that_somebody_started(default_model_gguf: P
     assert (router_status, shard_status) == (0, 0)
     assert "Traceback" not in (tmp_path / "text-generation-router.log").read_text()
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".log")) == []
+
+
+def test_a_shard_that_cannot_start_says_why_in_one_last_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    done = run_command(
+        [str(SCRIPTS / "text-generation-server"), "serve", str(tmp_path), "--uds-path", str(tmp_path / "tgi")]
+    )
+
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith(f"Error: --model-id {tmp_path}: ")
+    assert "Traceback" not in done.stderr
+    assert "{" not in done.stderr, "no JSON unless --json-output"

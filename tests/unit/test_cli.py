@@ -83,6 +83,11 @@ def test_help_explains_what_a_user_may_type_and_not_what_the_launcher_types(
         (("text-generation-server", "quantize"), "not supported yet; `weft serve --quantize int8`"),
         (("text-generation-server", "serv"), "no command 'serv'. Commands: serve, download-weights"),
         (("text-generation-server", "serve", "model", "--sharded"), "through text-generation-launcher"),
+        (
+            ("text-generation-server", "download-weights", "m", "--extension", ".bin"),
+            "--extension: '.bin' is not",
+        ),
+        (("weft", "download", "m", "--extension"), "--extension: needs an ending of names"),
         (("text-generation-benchmark", "-t", "x", "-m", "socket"), "use --url instead of -m"),
     ],
 )

@@ -272,7 +272,7 @@ MUTANTS = [
     (["--watermark-gamma", "nan"], "--watermark-gamma: must be a number"),
     (["--waiting-served-ratio", "-0.1"], "--waiting-served-ratio: must be a number of at least 0"),
     (["--cuda-graphs", "1,2"], "--cuda-graphs: '1,2' is not supported yet; leave it out or use 0."),
-    (["--max-model-len", "32Q"], "--max-total-tokens: must be a whole number, or one such as 8k (8,000) or 8K (8,192)"),
+    (["--max-model-len", "32Q"], "--max-total-tokens: must be a whole number (8k is 8,000 and 8K is 8,192)"),
     (["--max-model-len", "-1"], "--max-total-tokens: must be a whole number"),
     (["--response-store", "/no/such/x.sqlite"], "--response-store: must be a file that can be written"),
     (["--response-store", "/"], "--response-store: must be a file that can be written"),

@@ -1,7 +1,10 @@
-"""Command lines of commands that have flags of their own: argparse, with this program's errors and exit codes."""
+"""Command lines of commands that have flags of their own: argparse, with this program's errors and exit codes.
+
+Commands whose flags are those of `weft serve` and a few more take the few out and leave the rest to the table.
+"""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from weft.errors import UsageError
@@ -47,3 +50,28 @@ def _number(kind: type[_Number], name: str, low: _Number, high: _Number) -> Call
         return value
 
     return parse
+
+
+def renamed(argv: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """The words with flags of TGI's single processes replaced by the launcher's."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        words.append(names.get(flag, flag) + equals + value)
+    return words
+
+
+def take_flag(argv: Sequence[str], flag: str, value_name: str) -> tuple[list[str], str | None]:
+    """(the other words, the flag's value). Raises UsageError when the value is missing."""
+    kept: list[str] = []
+    value: str | None = None
+    words = iter(argv)
+    for word in words:
+        name, equals, given = word.partition("=")
+        if name != flag:
+            kept.append(word)
+            continue
+        value = given if equals else next(words, "")
+        if not value:
+            raise UsageError(f"{flag}: needs {value_name}.")
+    return kept, value

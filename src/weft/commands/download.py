@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from weft.commands.arguments import renamed, take_flag
 from weft.config import resolve
+from weft.errors import UsageError
 from weft.launcher import fetched
 from weft.launcher.download import fetch
 
 _USAGE = "usage: weft download [MODEL] [--revision R] [--cache-dir PATH] [--huggingface-hub-cache PATH] [--offline]\n"
-_TGI_ONLY = {"--extension", "--logger-level"}
 _TGI_ONLY_SWITCHES = {"--auto-convert", "--no-auto-convert", "--merge-lora"}
 
 
@@ -35,14 +36,11 @@ def download(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def _without_tgi_options(argv: Sequence[str]) -> list[str]:
-    """Leave out what only TGI's `download-weights` knows and what changes nothing here: safetensors, as they are."""
-    kept: list[str] = []
-    skips_next = False
-    for word in argv:
-        if skips_next:
-            skips_next = False
-        elif word in _TGI_ONLY:
-            skips_next = True
-        elif word not in _TGI_ONLY_SWITCHES and word.partition("=")[0] not in _TGI_ONLY:
-            kept.append(word)
-    return kept
+    """Leave out what only TGI's `download-weights` knows. Raises UsageError for other files than safetensors."""
+    words, extension = take_flag(renamed(argv, {"--logger-level": "--log-level"}), "--extension", "an ending of names")
+    if extension not in {None, ".safetensors"}:
+        raise UsageError(
+            f"--extension: {extension!r} is not supported; leave it out. Only .safetensors and .gguf files are read, "
+            "because opening a pickle runs its code."
+        )
+    return [word for word in words if word not in _TGI_ONLY_SWITCHES]

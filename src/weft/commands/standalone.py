@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from weft.commands.arguments import renamed, take_flag
 from weft.config import Settings, resolve, save_settings
-from weft.errors import PortInUseError, UsageError
+from weft.errors import ModelNotFoundError, PortInUseError, UsageError
 from weft.launcher import layout
 from weft.launcher.download import fetch
+from weft.launcher.fetched import fault_of_model
 
 _SOCKET = "--master-shard-uds-path"
 _READY = b'{"state": "ready", "phase": "ready", "percent": 100}\n'
@@ -26,7 +28,7 @@ _SERVER_NAMES = {"--uds-path": "--shard-uds-path", "--logger-level": "--log-leve
 
 def run_router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Serve HTTP for shards that run already. Raises UsageError when none answers."""
-    words, target = take_flag(renamed(argv, _ROUTER_NAMES), _SOCKET)
+    words, target = take_flag(renamed(argv, _ROUTER_NAMES), _SOCKET, "the path of a shard's socket")
     settings = resolve(words, environ)
     shard_socket = Path(target or settings.shard_uds_path + "-0").absolute()
     if not is_answered(shard_socket):
@@ -37,7 +39,7 @@ def run_router(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     with _run_directory(settings) as run_dir:
         (run_dir / "shard-0.sock").symlink_to(shard_socket)
         _say_ready()
-        status: int = importlib.import_module("weft.router.main").main(["--run-dir", str(run_dir)])
+        status: int = importlib.import_module("weft.router.main").main(["--run-dir", str(run_dir)], is_alone=True)
         return status
 
 
@@ -52,33 +54,11 @@ def run_shard(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         # Read by native libraries when they are loaded, which happens below.
         os.environ.update(layout.shard_environment(settings, environ))
         arguments = ["--run-dir", str(run_dir), "--rank", "0", "--world-size", "1"]
-        status: int = importlib.import_module("weft.server.main").main(arguments)
+        try:
+            status: int = importlib.import_module("weft.server.main").main(arguments, is_alone=True)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(fault_of_model(settings.model_id, error.message)) from error
         return status
-
-
-def renamed(argv: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """The words with flags of TGI's single processes replaced by the launcher's."""
-    words = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        words.append(names.get(flag, flag) + equals + value)
-    return words
-
-
-def take_flag(argv: Sequence[str], flag: str) -> tuple[list[str], str | None]:
-    """(the other words, the flag's value). Raises UsageError when the value is missing."""
-    kept: list[str] = []
-    value: str | None = None
-    words = iter(argv)
-    for word in words:
-        name, equals, given = word.partition("=")
-        if name != flag:
-            kept.append(word)
-            continue
-        value = given if equals else next(words, "")
-        if not value:
-            raise UsageError(f"{flag}: needs the path of a shard's socket.")
-    return kept, value
 
 
 def is_answered(path: Path) -> bool:

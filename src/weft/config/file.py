@@ -49,7 +49,7 @@ def _from_toml(name: str, text: str) -> Mapping[str, object]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FileFault(f"{name} is not TOML: {error}") from error
+        raise FileFault(f"{name} is not TOML: {error} (a file named .yaml or .yml is read as YAML)") from error
 
 
 def _from_yaml(name: str, text: str) -> Mapping[str, object]:

@@ -109,7 +109,7 @@ def _parse_task(raw: str) -> str:
 
 
 INTEGER = Kind("a whole number", "N", _parse_integer)
-TOKENS = Kind("a whole number, or one such as 8k (8,000) or 8K (8,192)", "N", _parse_tokens)
+TOKENS = Kind("a whole number (8k is 8,000 and 8K is 8,192)", "N", _parse_tokens)
 NUMBER = Kind("a number", "X", _parse_number)
 SWITCH = Kind("true or false", "", _parse_switch)
 TRUTH = Kind("true or false", "true|false", _parse_switch)

@@ -168,7 +168,8 @@ class Settings:
         "Most tokens held in the KV pool; caps what memory would allow", is_tgi=True, unit="tokens",
         auto="what memory allows", minimum=1)
     max_batch_size: int | None = _row(None, INTEGER, BOUNDS,
-        "Most sequences running at once", is_tgi=True, aliases=("--max-num-seqs",), auto=str(LIMITS.max_num_sequences),
+        "Most sequences running at once", is_tgi=True, aliases=("--max-num-seqs",),
+        auto=f"{LIMITS.max_num_sequences} or --max-concurrent-requests, whichever is less",
         minimum=1, maximum=LIMITS.max_num_sequences)
     waiting_served_ratio: float = _row(0.3, NUMBER, BOUNDS,
         "Waiting to running requests from which a pause for prefill pays; chunked prefill never pauses", is_tgi=True,

@@ -340,8 +340,11 @@ class Launcher:
         else:
             if event["event"] == "router.ready":
                 self._router_ready.set()
-            elif event["event"] == "startup.failed" and not rank:
-                self._startup_fault = str(event.get("message", ""))
+            elif event["event"] == "startup.failed":
+                fault = str(event.get("message", ""))
+                if fault == self._startup_fault:
+                    return  # every rank finds out the same
+                self._startup_fault = fault
             self._relay.show_event(child.name, rank, line, event)
 
     def _on_progress(self, event: Event) -> None:

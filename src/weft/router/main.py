@@ -72,22 +72,28 @@ class LauncherLine(msgspec.Struct):
     message: str = ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until told to stop. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="weft route", description="The HTTP side; the launcher starts it.")
+def main(argv: Sequence[str] | None = None, *, is_alone: bool = False) -> int:
+    """Serve until told to stop. Returns the exit code.
+
+    is_alone   no launcher reads what is written: logs are as the settings say, and a StartupError is raised
+    """
+    parser = argparse.ArgumentParser(prog="weft router", description="The HTTP side; the launcher starts it.")
     parser.add_argument("--run-dir", type=Path, required=True)
     run_dir: Path = parser.parse_args(argv).run_dir
     settings = load_settings(run_dir)
     weft_logging.configure(
         process="router",
         level=settings.log_level,
-        json_output=True,
+        json_output=settings.json_output or not is_alone,
         secrets=filter(None, (settings.api_key, settings.hub_token)),
+        colors=settings.log_colorize,
     )
     try:
         with bind(settings.hostname, settings.port) as listener:
             return uvloop.run(RouterProcess(settings, run_dir, os.environ).run(listener))
     except StartupError as error:
+        if is_alone:
+            raise
         log.error("startup.failed", code=error.code, message=error.message)  # noqa: TRY400 - the text says it all
         return error.exit_code
 

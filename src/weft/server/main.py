@@ -49,20 +49,30 @@ class SystemClock(Clock):
         return time.monotonic_ns()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank until it is told to stop. Returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, is_alone: bool = False) -> int:
+    """Run one rank until it is told to stop. Returns the exit code.
+
+    is_alone   no launcher reads what is written: logs are as the settings say, and a StartupError is raised
+    """
     parser = argparse.ArgumentParser(prog="weft shard", description="One rank of a model; the launcher starts it.")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
     arguments = parser.parse_args(argv)
     settings = load_settings(arguments.run_dir)
-    weft_logging.configure(process=f"shard-{arguments.rank}", level=settings.log_level, json_output=True)
+    weft_logging.configure(
+        process=f"shard-{arguments.rank}",
+        level=settings.log_level,
+        json_output=settings.json_output or not is_alone,
+        colors=settings.log_colorize,
+    )
     try:
         if arguments.rank == 0:
             return asyncio.run(serve_rank_zero(settings, arguments.run_dir, arguments.world_size))
         return run_other_rank(settings, arguments.run_dir, arguments.rank, arguments.world_size)
     except StartupError as error:
+        if is_alone:
+            raise
         log.error("startup.failed", code=error.code, message=error.message)  # noqa: TRY400 - the text says it all
         return error.exit_code
     except EngineFatal as error:
@@ -107,7 +117,11 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
     if not loading.done():
         # Loading cannot be interrupted in the middle of a kernel; the process simply ends.
         return 0
-    started = await loading
+    try:
+        started = await loading
+    except StartupError:
+        await server.stop(None)
+        raise
     fatal: list[EngineFatal] = []
 
     def on_fatal(error: EngineFatal) -> None:

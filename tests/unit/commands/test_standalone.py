@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from weft.commands import standalone
-from weft.commands.standalone import is_answered, renamed, run_router, run_shard, take_flag
+from weft.commands.arguments import renamed, take_flag
+from weft.commands.standalone import is_answered, run_router, run_shard
 from weft.config import load_settings
-from weft.errors import PortInUseError, UsageError
+from weft.errors import ModelNotFoundError, PortInUseError, UsageError
 
 
 @pytest.fixture
@@ -26,11 +27,15 @@ class FakeModule:
 
     def __init__(self) -> None:
         self.settings = None
+        self.error = None
         self.link = None
         self.said = b""
         self.public_target = None
 
-    def main(self, argv: list[str]) -> int:
+    def main(self, argv: list[str], *, is_alone: bool) -> int:
+        assert is_alone
+        if self.error is not None:
+            raise self.error
         run_dir = Path(argv[argv.index("--run-dir") + 1])
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
         self.settings = load_settings(run_dir)
@@ -126,13 +131,22 @@ def test_several_ranks_need_a_launcher(tmp_path: Path, model: Path, words: list[
 
 def test_flags_are_translated_in_both_spellings() -> None:
     assert renamed(["--a", "1", "--a=2", "--b"], {"--a": "--c"}) == ["--c", "1", "--c=2", "--b"]
-    assert take_flag(["--x", "--s", "p", "--y"], "--s") == (["--x", "--y"], "p")
-    assert take_flag(["--s=p"], "--s") == ([], "p")
-    with pytest.raises(UsageError, match="--s: needs the path"):
-        take_flag(["--s"], "--s")
+    assert take_flag(["--x", "--s", "p", "--y"], "--s", "a path") == (["--x", "--y"], "p")
+    assert take_flag(["--s=p"], "--s", "a path") == ([], "p")
+    with pytest.raises(UsageError, match="--s: needs a path"):
+        take_flag(["--s"], "--s", "a path")
 
 
 def test_a_file_is_no_shard(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     assert not is_answered(tmp_path / "file")
+
+
+def test_a_model_that_cannot_be_read_is_named_with_its_flag(tmp_path: Path, model: Path, module: FakeModule) -> None:
+    module.error = ModelNotFoundError("there are no weights")
+
+    with pytest.raises(ModelNotFoundError, match=f"^--model-id {model}: there are no weights$"):
+        run_shard([str(model), "--uds-path", str(tmp_path / "tgi")], {**environment(tmp_path), **os.environ})
+
+    assert list(tmp_path.glob("tgi*")) == []

@@ -37,7 +37,7 @@ def main() -> None:
     record(event="started", rank=rank, model_path=settings["model_path"], environ=dict(os.environ))
     sys.stderr.write("a native library says hello\n")
     if behaviour.startswith("exit:"):
-        log("startup.failed", code="a_code", message="there are no weights")
+        log("startup.failed", level="error", code="a_code", message="there are no weights")
         sys.exit(int(behaviour.removeprefix("exit:")))
     if behaviour == "grandchild":
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

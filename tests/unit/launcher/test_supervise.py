@@ -304,6 +304,12 @@ def test_the_reason_of_a_failed_start_is_the_last_line(
     assert output.splitlines()[-1] == last_line.replace("MODEL", str(launch.model))
 
 
+def test_what_every_rank_finds_wrong_is_said_once(launches: Callable[..., Launch]) -> None:
+    output = launches("--num-shard", "3", FAKE_SHARD="exit:4").finish()
+
+    assert sum("startup.failed" in line for line in output.splitlines()) == 1
+
+
 def test_with_json_output_the_reason_is_an_event_and_nothing_else(launches: Callable[..., Launch]) -> None:
     launch = launches("--json-output", FAKE_SHARD="exit:3")
 
