@@ -257,6 +257,7 @@ TRANSPORT = [
     (b"{}", {"content-type": "text/plain"}, 415,
      "Expected request with `Content-Type: application/json`. Given: `text/plain`"),
     (b"{}", {"content-type": ""}, 415, "Expected request with `Content-Type: application/json`. Given: nothing"),
+    (b"{}", JSON | {"content-encoding": "gzip"}, 415, "Expected request without `Content-Encoding`. Given: `gzip`"),
     (b"", JSON, 400, "Failed to parse the request body as JSON: Input data was truncated. "),
     (b"{", JSON, 400, "Failed to parse the request body as JSON: "),
     (b'{"inputs":"\xff"}', JSON, 400, "Failed to parse the request body as JSON: not UTF-8. "),
@@ -292,7 +293,9 @@ async def test_a_body_that_cannot_be_read(path: str, body: bytes, headers: dict[
 
 @pytest.mark.parametrize("media_type", ["application/json", "application/json; charset=utf-8", "application/x+json"])
 async def test_json_content_types_are_read(media_type: str):
-    assert (await build_house().post(WHOLE, b'{"inputs":"a"}', {"content-type": media_type})).status == 200
+    headers = {"content-type": media_type, "content-encoding": "identity"}
+
+    assert (await build_house().post(WHOLE, b'{"inputs":"a"}', headers)).status == 200
 
 
 # --- headers ------------------------------------------------------------------------------------------------------

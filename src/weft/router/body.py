@@ -61,7 +61,7 @@ _WORDS = {
 
 
 def require_json(exchange: Exchange) -> None:
-    """Raises UnsupportedMediaTypeError unless the body claims to be JSON: a browser must not post it unasked."""
+    """Raises UnsupportedMediaTypeError unless the body claims to be plain JSON: a browser must not post it unasked."""
     media_type = (exchange.header(b"content-type") or "").partition(";")[0].strip().lower()
     is_json = media_type == "application/json" or (
         media_type.startswith("application/") and media_type.endswith("+json")
@@ -69,6 +69,11 @@ def require_json(exchange: Exchange) -> None:
     if not is_json:
         given = "nothing" if not media_type else f"`{media_type[:_MAX_SHOWN_CHARS]}`"
         raise UnsupportedMediaTypeError(f"Expected request with `Content-Type: application/json`. Given: {given}")
+    encoding = (exchange.header(b"content-encoding") or "identity").strip().lower()
+    if encoding != "identity":
+        raise UnsupportedMediaTypeError(
+            f"Expected request without `Content-Encoding`. Given: `{encoding[:_MAX_SHOWN_CHARS]}`; send plain JSON"
+        )
 
 
 async def read_body(exchange: Exchange, max_bytes: int) -> bytes:

@@ -5,6 +5,7 @@ import time
 
 import msgspec
 import pytest
+import structlog
 
 from weft.errors import BadRequestError, MalformedJsonError
 from weft.limits import LIMITS
@@ -92,6 +93,15 @@ def test_colons_and_quotes_in_texts_are_no_names(body: bytes):
 def test_what_a_decoder_skips_must_be_json_too(body: bytes):
     with pytest.raises(MalformedJsonError):
         decode(body, Outer)
+
+
+def test_fields_that_no_api_defines_are_named_to_whoever_debugs():
+    body = b'{"name":"a","x":1,"inner":{"count":1,"y":"secret"},"many":[{"z":1}]}'
+
+    with structlog.testing.capture_logs() as logs:
+        decode(body, Outer)
+
+    assert [(entry["event"], entry["fields"]) for entry in logs] == [("request.unknown_fields", ["inner.y", "x"])]
 
 
 def test_arrays_and_objects_are_bounded():
