@@ -25,7 +25,7 @@ INSTALLED_DEV := $(VENV)/.weft-dev-$(INSTALL_KEY)
 PIP_LINES := 2>&1 | { grep --line-buffered -E '^ *Downloading .*\([0-9.]{4,} MB\)|^ *(Installing collected|Building editable|ERROR|error)' | cut -c1-100 || true; }
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 
-.PHONY: help setup setup-dev serve test check unit sim numerics contract e2e frameworks docs bench bench-peers size format proto sanitize fuzz \
+.PHONY: help setup setup-dev serve test check unit sim numerics contract e2e replay frameworks docs bench bench-peers size format proto sanitize fuzz \
 	check-format check-lint check-types check-public-types check-imports check-spelling check-generated clean
 
 help: ## this list
@@ -61,6 +61,9 @@ contract: $(INSTALLED_DEV) ## HTTP as bytes, without a model
 
 e2e: $(INSTALLED_DEV) ## real processes, a real model, real clients
 	@$(BIN)/pytest -q tests/e2e $(ARGS)
+
+replay: $(INSTALLED_DEV) ## a thousand recorded requests, asked again under other conditions: make replay ARGS="--form int8"
+	@$(BIN)/python -m tests.e2e.replay $(ARGS)
 
 frameworks: $(INSTALLED_DEV) ## litellm, LangChain, LlamaIndex against a real server, each in an environment of its own
 	@FRAMEWORK_CLIENTS=1 $(BIN)/pytest -q tests/e2e/test_framework_clients.py $(ARGS)

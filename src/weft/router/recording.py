@@ -214,8 +214,9 @@ class Recorder:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
-            # Half a line would make the next one unreadable, too.
-            os.ftruncate(self._descriptor, self._num_bytes)
+            # Half a line would make the next one unreadable, too. Devices cannot be cut, and keep nothing.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._num_bytes)
             raise
         self._num_bytes += len(line)
 
