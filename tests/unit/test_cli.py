@@ -147,6 +147,21 @@ def test_config_show_gives_every_setting_its_value_and_reason(
     assert "hush-hush" not in output
 
 
+def test_config_show_says_what_serve_would_say_about_the_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("weft", "config", "show", "--max-model-len", "4K", "--prometheus-port", "9100", "--device", "cpu",
+             "--gpu-memory-utilization", "0.5")  # fmt: skip
+
+    status, output, errors = called(monkeypatch, capsys, *words)
+
+    assert status == 0
+    assert "max_total_tokens" in output
+    assert [line.split(": ", 1)[1].split(" ")[0] for line in errors.splitlines()] == [
+        "--max-model-len", "--gpu-memory-utilization", "--prometheus-port", "--cuda-memory-fraction",
+    ]  # fmt: skip
+
+
 def test_the_routers_schema_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, output, _ = called(monkeypatch, capsys, "text-generation-router", "print-schema")
 

@@ -402,6 +402,23 @@ def test_the_origins_that_lost_are_known(tmp_path: Path) -> None:
     assert resolution.beaten == {"port": ("$WEFT_PORT", "$PORT", str(file))}
 
 
+def test_a_setting_whose_other_half_is_missing_is_a_warning_too() -> None:
+    halves = {
+        "--quantize-group-size": ("64", ["--quantize", "int4"], "it belongs to --quantize int4"),
+        "--record-max-bytes": ("1MB", ["--record", "/tmp/x"], "it belongs to --record"),
+        "--otlp-service-name": ("me", ["--otlp-endpoint", "localhost:1"], "it belongs to --otlp-endpoint"),
+        "--protect-health": ("true", ["--api-key", "k"], "there is no --api-key"),
+        "--protect-metrics": ("true", ["--api-key", "k"], "there is no --api-key"),
+        "--revision": ("main", ["organisation/model"], "the model is no hub model"),
+    }
+    for flag, (value, other_half, reason) in halves.items():
+        (warning,) = resolve_with_origins([f"{flag}={value}"], HOME).warnings
+        assert warning.startswith(f"{flag} has no effect: {reason}")
+        assert resolve_with_origins([f"{flag}={value}", *other_half], HOME).warnings == ()
+    (warning,) = resolve_with_origins(["--response-ttl-s=5", "--response-store=off"], HOME).warnings
+    assert warning.startswith("--response-ttl-s has no effect: --response-store is off")
+
+
 @pytest.mark.parametrize(
     ("argv", "environ", "begins"),
     [

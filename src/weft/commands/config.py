@@ -23,17 +23,24 @@ _LEFT_TO_THE_SYSTEM = {"master_port"}
 
 
 def config(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Print name, value, origin and reason of each setting, as `weft serve` with the same arguments would see them."""
+    """Print name, value, origin and reason of each setting, as `weft serve` with the same arguments would see them.
+
+    What else `weft serve` would say about them goes to standard error.
+    """
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(_HELP)
         return 0
     if not argv or argv[0] != "show":
         raise UsageError(_USAGE)
-    rows = list(_rows(resolve_with_origins(argv[1:], environ), environ))
+    resolution = resolve_with_origins(argv[1:], environ)
+    rows = list(_rows(resolution, environ))
     widths = [min(44, max(len(row[column]) for row in rows)) for column in range(3)]
     for row in rows:
         cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=False))
         sys.stdout.write("  ".join((*cells, row[3])).rstrip() + "\n")
+    idle = layout.settings_without_effect(resolution.settings, environ)
+    for text in (*resolution.notes, *resolution.warnings, *idle):
+        sys.stderr.write(f"Note: {text}\n")
     return 0
 
 

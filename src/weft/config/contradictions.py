@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from weft.config.options import quoted
@@ -49,6 +49,29 @@ def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]])
     yield from _missing_files(s)
     if not is_ip_address(s.hostname) and not addresses_of(s.hostname):
         yield f"--hostname: {quoted(s.hostname)} does not resolve; give an address of this machine or 0.0.0.0."
+
+
+_WITHOUT: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
+    ("quantize_group_size", lambda s: s.quantize != "int4", "it belongs to --quantize int4"),
+    ("record_max_bytes", lambda s: s.record is None, "it belongs to --record"),
+    ("response_ttl_s", lambda s: s.response_store == "off", "--response-store is off"),
+    ("otlp_service_name", lambda s: s.otlp_endpoint is None, "it belongs to --otlp-endpoint"),
+    ("protect_health", lambda s: s.protect_health and s.api_key is None, "there is no --api-key to ask for"),
+    ("protect_metrics", lambda s: s.protect_metrics and s.api_key is None, "there is no --api-key to ask for"),
+    ("revision", lambda s: _is_on_this_machine(s.model_id), "the model is no hub model"),
+)
+"""Setting, when it changes nothing, and why."""
+
+
+def settings_without_effect(settings: Settings, given: Collection[str]) -> Iterator[str]:
+    """Settings among those given that change nothing because of what else is or is not given."""
+    for name, is_idle, reason in _WITHOUT:
+        if name in given and is_idle(settings):
+            yield f"{options()[name].flag} has no effect: {reason}."
+
+
+def _is_on_this_machine(model_id: str) -> bool:
+    return model_id.startswith("pypi:") or Path(model_id).expanduser().exists()
 
 
 def _address_faults(settings: Settings) -> Iterator[str]:

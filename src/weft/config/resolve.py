@@ -12,7 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
-from weft.config.contradictions import addresses_of_host, contradictions, is_ip_address
+from weft.config.contradictions import (
+    addresses_of_host,
+    contradictions,
+    is_ip_address,
+    settings_without_effect,
+)
 from weft.config.file import FileFault, read_file
 from weft.config.options import NAMES, SWITCH, Option, Value, quoted
 from weft.config.settings import Settings, options
@@ -75,7 +80,7 @@ def resolve_with_origins(
         settings,
         {name: origins.get(name, "default") for name in options()},
         tuple(notes),
-        tuple(_idle_settings(values)),
+        (*_idle_settings(values), *settings_without_effect(settings, origins)),
         {name: tuple(others) for name, others in beaten.items()},
     )
 

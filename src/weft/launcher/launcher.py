@@ -76,7 +76,7 @@ def launch(
         setproctitle.setproctitle("text-generation-launcher")  # the key may stand on our command line
     for note in notes:
         structlog.get_logger().info("settings.note", note=note)
-    for warning in warnings:
+    for warning in (*warnings, *layout.settings_without_effect(settings, environ)):
         structlog.get_logger().warning("settings.no_effect", note=warning)
     if settings.env:
         structlog.get_logger().info("launcher.environment", **layout.describe_machine(environ))

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from weft import __version__
-from weft.config import Settings, options
+from weft.config import Settings, default_of, options
 from weft.errors import PortInUseError, UsageError
 
 _LOCK_FILE = "launcher.lock"
@@ -33,6 +33,13 @@ def settle(settings: Settings, environ: Mapping[str, str], *, num_gpus: int | No
     return dataclasses.replace(
         settings, num_shard=num_shard, threads=threads, master_port=settings.master_port or _free_port()
     )
+
+
+def settings_without_effect(settings: Settings, environ: Mapping[str, str]) -> Iterator[str]:
+    """Settings that change nothing on the devices of this machine."""
+    is_cpu = settings.device == "cpu" or (settings.device == "auto" and count_visible_gpus(environ) == 0)
+    if is_cpu and settings.cuda_memory_fraction != default_of("cuda_memory_fraction"):
+        yield "--cuda-memory-fraction has no effect: the model runs on the CPU, where --kv-pool-bytes bounds memory."
 
 
 def _num_shard(settings: Settings, num_gpus: int) -> int:

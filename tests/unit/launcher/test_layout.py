@@ -121,3 +121,19 @@ def test_where_no_directory_can_be_made_the_flag_is_named(tmp_path: Path) -> Non
 
     with pytest.raises(UsageError, match="--shard-uds-path: cannot make a directory in"):
         layout.private_directory(settings).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("settings", "visible", "count"),
+    [
+        (Settings(), "", 0),
+        (Settings(cuda_memory_fraction=0.5), "", 1),
+        (Settings(cuda_memory_fraction=0.5, device="cpu"), "0", 1),
+        (Settings(cuda_memory_fraction=0.5), "0", 0),
+    ],
+)
+def test_what_belongs_to_gpus_is_said_to_be_idle_without_them(settings: Settings, visible: str, count: int) -> None:
+    said = list(layout.settings_without_effect(settings, {"CUDA_VISIBLE_DEVICES": visible}))
+
+    assert len(said) == count
+    assert all(text.startswith("--cuda-memory-fraction has no effect") for text in said)
