@@ -1,4 +1,4 @@
-"""Tiny random embedding models in the layout of sentence-transformers, and their vectors as transformers computes them."""
+"""Tiny random embedding models in the layout of sentence-transformers, and what transformers makes of their texts."""
 
 import json
 from pathlib import Path

@@ -80,7 +80,7 @@ def strings(values: list[str]) -> tuple[int, bytes]:
     return 9, struct.pack("<IQ", 8, len(values)) + b"".join(text(value) for value in values)
 
 
-def llama_gguf() -> bytes:
+def llama_gguf(more: dict[str, tuple[int, bytes]] | None = None) -> bytes:
     metadata = {
         "general.architecture": string("llama"),
         "llama.block_count": uint32(1),
@@ -94,4 +94,4 @@ def llama_gguf() -> bytes:
         "tokenizer.ggml.eos_token_id": uint32(2),
         "tokenizer.ggml.bos_token_id": uint32(1),
     }
-    return gguf_bytes(metadata, [("token_embd.weight", (32, 16), 8, 0)], bytes(16 * 34))
+    return gguf_bytes(metadata | (more or {}), [("token_embd.weight", (32, 16), 8, 0)], bytes(16 * 34))

@@ -3,14 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
 
-from weft.core.events import FailureEvent, PromptReport, TokenEvent
+from weft.core.events import EmbeddingEvent, FailureEvent, PromptReport, TokenEvent
 from weft.core.info import EngineHealth, EngineInfo, EngineStats
-from weft.core.request import FinishReason, Request, RequestId, SamplingParams, StopConditions
+from weft.core.request import FinishReason, Pooling, Request, RequestId, SamplingParams, StopConditions
 from weft.errors import GenerationError, NotReadyError, NumericalError, OverloadedError, RequestError, ValidationError
 from weft.proto import convert
 from weft.proto.v1 import generate_pb2 as pb
@@ -295,3 +296,38 @@ async def test_the_scripted_backend_obeys_max_new_tokens_and_notes_aborts():
     await anext(batches)
     await batches.aclose()
     assert backend.aborted == [2]
+
+
+def vector(number: int) -> EmbeddingEvent:
+    prompt = PromptReport(num_cached_tokens=1, queue_ns=2)
+    return EmbeddingEvent(request_id=RequestId(number), values=b"\0\0\x80\x3f", prompt=prompt)
+
+
+async def test_a_vector_comes_back_to_its_request(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        wanted = [replace(request(number), pooling=Pooling.MEAN) for number in (1, 2)]
+        tasks = [asyncio.create_task(backend.embed(each)) for each in wanted]
+        assert [await shard.added.get() for _ in wanted] == wanted
+        shard.send(vector(2))
+        shard.send(FailureEvent(request_id=RequestId(1), code=NumericalError.code, message="twice"))
+
+        async with asyncio.timeout(5):
+            assert await tasks[1] == vector(2)
+            with pytest.raises(NumericalError, match="twice"):
+                await tasks[0]
+        assert backend.open_requests == ()
+        assert shard.aborted.empty()
+
+
+async def test_cancelling_the_wait_for_a_vector_aborts(tmp_path: Path):
+    shard = FakeShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        task = asyncio.create_task(backend.embed(request(1)))
+        await shard.added.get()
+        task.cancel()
+
+        async with asyncio.timeout(5):
+            assert await shard.aborted.get() == 1
+        shard.send(vector(1))  # a late event for a request that is gone harms nobody
+        assert backend.open_requests == ()
