@@ -68,9 +68,9 @@ def test_two_ranks_make_the_same_vectors(tmp_path: Path) -> None:
 
 def test_clients_that_leave_free_everything(tmp_path: Path) -> None:
     write_embedding_model(tmp_path)
-    with serving(tmp_path, *FLAGS) as server:
+    with serving(tmp_path, *FLAGS, "--max-batch-prefill-tokens", "16") as server:
         for _ in range(3):
-            client = RawClient(server.port).send("/v1/embeddings", {"input": [TEXTS[-1]] * 2000})
+            client = RawClient(server.port).send("/v1/embeddings", {"input": [TEXTS[4]] * 2000})
             server.wait_until(lambda: num_sequences(server) > 0, "sequences run")
             client.leave()
             server.wait_until(lambda: num_sequences(server) == 0, "no sequence runs or waits")

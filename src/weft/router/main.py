@@ -239,7 +239,8 @@ class RouterProcess:
         if self._assets is None:
             raise StartupError("The launcher called the model ready before it said where it is")
         assets = await self._assets
-        await _warm(assets.chat_template)
+        if not info.pooling:
+            await _warm(assets.chat_template)
         self._context.model = served_model(self._settings, info, assets)
         self._context.compute_type = self._compute_type or compute_type(info)
         self._engine_metrics.note_info(info)
