@@ -524,6 +524,8 @@ class LLM:
 
     def _job(self, ids: Sequence[int], checked: Checked, params: SamplingParams, field: str) -> _Job:
         model = self._loaded.model
+        if params.max_tokens == 0:  # fine over HTTP, where it scores the prompt of an `echo`
+            raise ValidationError("`max_tokens` must be >= 1. Given: 0", field="max_tokens")
         room = fit_openai(len(ids), dataclasses.replace(checked, max_new_tokens=None), model, field)
         max_new_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         request = build_requests(checked, ids, max_new_tokens, model, Origin(deadline_ns=_NEVER_NS))[0]

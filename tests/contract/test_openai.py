@@ -1,6 +1,7 @@
 """`/v1` as OpenAI's API: objects, chunks, choices, log-probabilities, usage."""
 
 import json
+import math
 
 import pytest
 from tests.contract.house import BOS, EOS, Script, build_house, ids_of, say, text_of
@@ -185,6 +186,11 @@ class TestChat:
                 {"token": "<s>", "logprob": -1.5, "bytes": list(b"<s>")},
             ],
         }
+
+    async def test_a_logprob_is_a_number_also_where_there_is_no_probability(self):
+        answer = await build_house(say("a", logprob=-math.inf)).post(CHAT, chat(logprobs=True))
+
+        assert answer.json["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
 
     async def test_logprobs_of_text_that_a_stop_cut_off_are_cut_off_too(self):
         for stream in (False, True):

@@ -35,6 +35,7 @@ from weft.router.stream import encode_json, frame
 from weft.text.detokenize import Detokenizer
 
 _REPLACEMENT = "\ufffd"
+_NO_PROBABILITY = -9999.0
 FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
@@ -165,12 +166,12 @@ class ChoiceText:
         alternatives = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
         return TokenLogprob(
             token=self._model.tokenizer.token_text(event.token_id),
-            logprob=shown_logprob(event.logprob),
+            logprob=_shown(event.logprob),
             bytes=list(self._model.token_bytes(event.token_id)),
             top_logprobs=[
                 TopLogprob(
                     token=self._model.tokenizer.token_text(token_id),
-                    logprob=shown_logprob(logprob),
+                    logprob=_shown(logprob),
                     bytes=list(self._model.token_bytes(token_id)),
                 )
                 for token_id, logprob in alternatives
@@ -411,12 +412,12 @@ class CompletionChoiceText(StreamedChoice):
         alternatives: Sequence[tuple[int, float]],
     ) -> None:
         lists.tokens.append(self._spelling(token_id))
-        lists.token_logprobs.append(None if logprob is None else shown_logprob(logprob))
+        lists.token_logprobs.append(None if logprob is None else _shown(logprob))
         lists.text_offset.append(0)
         if lists.top_logprobs is not None:
             shown: dict[str, float | None] = {}
             for other, value in alternatives:
-                shown.setdefault(self._spelling(other), shown_logprob(value))
+                shown.setdefault(self._spelling(other), _shown(value))
             lists.top_logprobs.append(shown or None)
 
     def _spelling(self, token_id: int) -> str:
@@ -425,6 +426,11 @@ class CompletionChoiceText(StreamedChoice):
         if _REPLACEMENT not in text:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._model.token_bytes(token_id))
+
+
+def _shown(logprob: float) -> float:
+    """As OpenAI shows it: a number also where there is no probability at all."""
+    return _NO_PROBABILITY if (shown := shown_logprob(logprob)) is None else shown
 
 
 def _with_own(top: TopTokens, token_id: int, logprob: float) -> tuple[tuple[int, float], ...]:

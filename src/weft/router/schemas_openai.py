@@ -183,7 +183,7 @@ class TopLogprob(Struct, kw_only=True):
     """An alternative."""
 
     token: str
-    logprob: float | None
+    logprob: Annotated[float, Meta(description="-9999 where there is no probability at all")]
     bytes: list[int] | None
 
 
@@ -191,7 +191,7 @@ class TokenLogprob(Struct, kw_only=True):
     """One token of the answer."""
 
     token: str
-    logprob: float | None
+    logprob: Annotated[float, Meta(description="-9999 where there is no probability at all")]
     bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
