@@ -70,8 +70,18 @@ def bench(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if arguments.json:
         _write(Path(arguments.json), as_json(parameters, points))
     for error in dict.fromkeys(error for point in points for error in point.errors):
-        console.print(f"Error: {error}", style="red", highlight=False, markup=False)
+        console.print(f"Error: {_readable(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
     return 1 if any(point.num_failed for point in points) else 0
+
+
+def _readable(error: str) -> str:
+    """What a refusal says, without the JSON around it."""
+    status, brace, rest = error.partition("{")
+    try:
+        content = json.loads(brace + rest)["error"]
+        return status + str(content["message"] if isinstance(content, dict) else content)
+    except (ValueError, LookupError, TypeError):
+        return error
 
 
 class Sweep:

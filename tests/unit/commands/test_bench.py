@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from weft.benchmark.load import Reply
-from weft.commands.bench import bench, words_for
+from weft.commands.bench import _readable, bench, words_for
 from weft.commands.bench_report import Spread, as_json, chart, summarize_runs, tables
 from weft.commands.endpoint import EndpointError
 from weft.errors import UsageError
@@ -215,3 +215,17 @@ def test_what_would_fail_in_the_end_fails_before_anything_is_measured(flags, nam
             bench(["-b", "1", *([] if "--url" in flags else ["--url", server.url]), *flags], {})
 
         assert server.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ('status 429 {"error": {"message": "Model is overloaded", "code": "x"}}', "status 429 Model is overloaded"),
+        ('status 429 {"error": "Model is overloaded", "error_type": "x"}', "status 429 Model is overloaded"),
+        ('status 500 {"error": {}}', 'status 500 {"error": {}}'),
+        ("status 502 <html>", "status 502 <html>"),
+        ("the connection broke", "the connection broke"),
+    ],
+)
+def test_a_refusal_is_shown_without_its_json(error, shown):
+    assert _readable(error) == shown

@@ -114,7 +114,7 @@ def test_the_times_of_a_step_are_cut_where_tgi_cuts_them():
     assert 'tgi_batch_forward_duration_sum{method="prefill"} 2' in shown
     assert 'tgi_batch_decode_duration_sum{method="prefill"} 4' in shown
     assert 'tgi_batch_filter_duration_sum{method="prefill"} 8' in shown
-    assert 'tgi_batch_concat_duration_sum{method="prefill"} 1' in shown
+    assert 'tgi_batch_concat_duration_sum{method="decode"} 1' in shown
     assert "tgi_batch_next_size_sum 2" in shown
     assert "tgi_batch_max_total_tokens 320" in shown
     assert {"weft_engine_preemptions 3", "weft_prefix_query_tokens 50", "weft_prefix_hit_tokens 40"} <= set(shown)
