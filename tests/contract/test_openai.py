@@ -478,12 +478,13 @@ class TestCompletions:
             "text_offset": [0, 1, 2],
         }
 
-    async def test_a_prompt_token_that_is_the_likeliest_stands_alone(self):
+    async def test_a_prompt_token_that_is_the_likeliest_stands_alone_with_its_own_number(self):
+        """Evaluation harnesses compare the two numbers for equality."""
         house = build_house(say("c"))
 
         answer = await house.post(COMPLETIONS, {"prompt": [2, 0, 1], "echo": True, "logprobs": 1, "max_tokens": 0})
 
-        assert answer.json["choices"][0]["logprobs"]["top_logprobs"] == [None, {"<s>": -0.5}, {"<s>": -0.5, "</s>": -1}]
+        assert answer.json["choices"][0]["logprobs"]["top_logprobs"] == [None, {"<s>": -1}, {"<s>": -0.5, "</s>": -1}]
         (request,) = house.backend.requests
         assert (request.sampling.prompt_logprobs, request.sampling.prompt_top_n_tokens) == (True, 1)
 

@@ -161,9 +161,8 @@ class ChoiceText:
         return text, trail.release(self._num_shown_chars, is_final=sequence.finish_reason is not None)
 
     def _token_logprob(self, event: TokenEvent) -> TokenLogprob:
-        top = event.top_tokens
         count = self._request.sampling.top_n_tokens
-        alternatives = () if top is None else tuple(zip(top.token_ids, top.logprobs, strict=True))[:count]
+        alternatives = _alternatives(event.top_tokens, count, event.token_id, event.logprob)
         return TokenLogprob(
             token=self._model.tokenizer.token_text(event.token_id),
             logprob=_shown(event.logprob),
@@ -375,8 +374,7 @@ class CompletionChoiceText(StreamedChoice):
             self._add_prompt(lists, self._prompt)
         for record in records:
             event = record.event
-            top = event.top_tokens or TopTokens((), ())
-            best = TopTokens(top.token_ids[:count], top.logprobs[:count])
+            best = _alternatives(event.top_tokens, count, event.token_id, event.logprob)
             self._add(lists, event.token_id, event.logprob, _with_own(best, event.token_id, event.logprob))
             lists.text_offset[-1] = len(self._echo_text) + record.start
         return lists
@@ -387,7 +385,8 @@ class CompletionChoiceText(StreamedChoice):
         tops = prompt.prompt_top_tokens or (TopTokens((), ()),) * (len(token_ids) - 1)
         self._add(lists, token_ids[0], None, ())
         for token_id, logprob, top in zip(token_ids[1:], prompt.prompt_logprobs or (), tops, strict=True):
-            self._add(lists, token_id, logprob, _with_own(top, token_id, logprob))
+            best = _alternatives(top, len(top.token_ids), token_id, logprob)
+            self._add(lists, token_id, logprob, _with_own(best, token_id, logprob))
         lists.text_offset[:] = self._echo_offsets()
 
     def _echo_offsets(self) -> list[int]:
@@ -433,7 +432,18 @@ def _shown(logprob: float) -> float:
     return _NO_PROBABILITY if (shown := shown_logprob(logprob)) is None else shown
 
 
-def _with_own(top: TopTokens, token_id: int, logprob: float) -> tuple[tuple[int, float], ...]:
+def _alternatives(top: TopTokens | None, count: int, token_id: int, logprob: float) -> list[tuple[int, float]]:
+    """The `count` best tokens of a place. The chosen one has the very number that is told beside them.
+
+    The two were computed in two ways and may differ in the last bit; clients compare them to see whether a token was
+    the likeliest.
+    """
+    if top is None:
+        return []
+    pairs = zip(top.token_ids[:count], top.logprobs[:count], strict=True)
+    return [(other, logprob if other == token_id else value) for other, value in pairs]
+
+
+def _with_own(pairs: list[tuple[int, float]], token_id: int, logprob: float) -> list[tuple[int, float]]:
     """The alternatives, and the token itself where it is none of them."""
-    pairs = tuple(zip(top.token_ids, top.logprobs, strict=True))
-    return pairs if token_id in top.token_ids else (*pairs, (token_id, logprob))
+    return pairs if any(other == token_id for other, _ in pairs) else [*pairs, (token_id, logprob)]
