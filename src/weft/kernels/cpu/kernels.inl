@@ -224,22 +224,38 @@ WEFT_INLINE void finish_vector(const LinearArguments& a, Floats sum, int64_t row
   store_up_to(static_cast<Out*>(a.out) + row * a.out_stride + column, sum, count);
 }
 
-template <typename Dot, typename Weight, typename Out, int kRows, int kPanels>
-__attribute__((noinline)) void linear_tile(const LinearArguments& a, int64_t row, int64_t panel) {
-  // Weights come from memory in one long stream: ask for them about a microsecond before they are needed.
-  constexpr int kPrefetchBytes = 2048;
-  Floats sums[kRows][kPanels * kVectorsPerPanel];
+// Where a tile asks for weights that are needed later: two lines per step of its own panel, from `first` on.
+struct WeightsAhead {
+  const uint8_t* first;
+  int64_t step_bytes;
+};
+
+// One panel as one stream from memory, asked for this far ahead, arrives at the full rate of a core (measured: two
+// panels side by side and half the distance give 90 % of it).
+constexpr int64_t kStreamAhead = 8192;
+
+template <typename Dot, typename Weight, typename Out, int kRows>
+__attribute__((noinline)) void linear_tile(const LinearArguments& a, int64_t row, int64_t panel,
+                                           const WeightsAhead& ahead) {
+  Floats sums[kRows][kVectorsPerPanel];
   for (auto& of_row : sums) {
     for (Floats& sum : of_row) sum = zero();
   }
-  const int64_t bytes = panel_bytes(a.in_features, a.dtype);
-  accumulate<Dot, kRows, kPanels, kVectorsPerPanel, kPrefetchBytes>(
-      sums, static_cast<const uint8_t*>(a.x) + row * a.x_row_bytes, a.x_row_bytes, a.panels + panel * bytes, bytes, 128,
-      panel_steps(a.in_features, a.dtype));
+  const uint8_t* x = static_cast<const uint8_t*>(a.x) + row * a.x_row_bytes;
+  const uint8_t* w = a.panels + panel * panel_bytes(a.in_features, a.dtype);
+  const uint8_t* later = ahead.first;
+  for (int64_t step = panel_steps(a.in_features, a.dtype); step > 0; --step) {
+    __builtin_prefetch(later);
+    __builtin_prefetch(later + 64);
+    later += ahead.step_bytes;
+    accumulate<Dot, kRows, 1, kVectorsPerPanel, 0>(sums, x, a.x_row_bytes, w, 0, 0, 1);
+    x += Dot::kBytesOfX;
+    w += 128;
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-    for (int vector = 0; vector < kPanels * kVectorsPerPanel; ++vector) {
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
       const int64_t column = panel * kPanelColumns + vector * kLanes;
       if (column < a.out_features) {
         finish_vector<Weight, Out>(a, sums[r][vector], row + r, column, a.out_features - column);
@@ -248,43 +264,31 @@ __attribute__((noinline)) void linear_tile(const LinearArguments& a, int64_t row
   }
 }
 
-// As many panels at once as the registers hold: more sums in flight for few rows, never another order of additions.
-constexpr int panels_at_once(int rows) {
-  const int panels = kMaxLinearRows / rows;
-  return panels >= 8 ? 4 : (panels >= 2 ? 2 : 1);
-}
-
-template <typename Dot, typename Weight, typename Out, int kRows>
-void linear_rows(const LinearArguments& a, int64_t row, int64_t panel, int64_t end_panel) {
-  constexpr int kPanels = panels_at_once(kRows);
-  for (; panel + kPanels <= end_panel; panel += kPanels) linear_tile<Dot, Weight, Out, kRows, kPanels>(a, row, panel);
-  if constexpr (kPanels > 1) {
-    for (; panel < end_panel; ++panel) linear_tile<Dot, Weight, Out, kRows, 1>(a, row, panel);
-  }
-}
-
 template <typename Dot, typename Weight, typename Out, int kRows = kMaxLinearRows>
 WEFT_INLINE void linear_some_rows(const LinearArguments& a, int64_t rows, int64_t row, int64_t panel,
-                                  int64_t end_panel) {
+                                  const WeightsAhead& ahead) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return linear_some_rows<Dot, Weight, Out, kRows - 1>(a, rows, row, panel, end_panel);
+    if (rows < kRows) return linear_some_rows<Dot, Weight, Out, kRows - 1>(a, rows, row, panel, ahead);
   }
-  linear_rows<Dot, Weight, Out, kRows>(a, row, panel, end_panel);
+  linear_tile<Dot, Weight, Out, kRows>(a, row, panel, ahead);
 }
 
-// Panels outside, rows inside: a group of panels is read from memory once and stays in the cache for all rows.
+// Panels outside, rows inside: a panel is read from memory once and stays in the cache for all rows. A lone tile of
+// rows runs along the stream of weights; of several, each asks for its share of the next panel, so that memory is
+// busy all the time and not only while the first tile meets a panel.
 template <typename Dot, typename Weight, typename Out>
 void linear_piece(const LinearArguments& a, int64_t first_row, int64_t end_row, int64_t first_panel,
                   int64_t end_panel) {
+  const int64_t bytes = panel_bytes(a.in_features, a.dtype);
   const int64_t tiles = (end_row - first_row + kMaxLinearRows - 1) / kMaxLinearRows;
-  if (tiles == 1) return linear_some_rows<Dot, Weight, Out>(a, end_row - first_row, first_row, first_panel, end_panel);
-  constexpr int64_t kGroup = 2;
-  for (int64_t panel = first_panel; panel < end_panel; panel += kGroup) {
+  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+    WeightsAhead ahead{a.panels + panel * bytes + (tiles == 1 ? kStreamAhead : bytes), (128 + tiles - 1) / tiles};
     int64_t row = first_row;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t rows = (end_row - row + (tiles - tile) - 1) / (tiles - tile);
-      linear_some_rows<Dot, Weight, Out>(a, rows, row, panel, smaller(panel + kGroup, end_panel));
+      linear_some_rows<Dot, Weight, Out>(a, rows, row, panel, ahead);
       row += rows;
+      ahead.first += bytes / tiles;
     }
   }
 }

@@ -7,33 +7,10 @@
 #include <limits>
 #include <new>
 
-#include "thread_pool.h"
+#include "pieces.h"
 
 namespace weft {
 namespace {
-
-// A piece of work shorter than this costs more to hand over than to do.
-constexpr double kChunkNanoseconds = 4000.0;
-// What one thread does at least, whatever the machine: only the order of magnitude matters here.
-constexpr double kBytesPerNanosecond = 20.0;
-constexpr double kOperationsPerNanosecond = 200.0;
-// Enough chunks for a fast thread to take over from a slow one.
-constexpr int64_t kChunksPerThread = 4;
-// Rows whose activations stay in a core's cache while panels pass by. A multiple of the largest row tile.
-constexpr int64_t kRowBlock = 192;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs `work(first, end)` over 0 … count-1 in chunks; `nanoseconds` is a guess of what one element costs.
-template <typename Work>
-void split(int64_t count, double nanoseconds, const Work& work) {
-  const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
-  const int64_t even = divide_up(count, thread_count() * kChunksPerThread);
-  const int64_t size = std::max(least, even);
-  parallel_chunks(divide_up(count, size), [&](int64_t chunk, int thread) {
-    work(chunk * size, std::min(count, (chunk + 1) * size), thread);
-  });
-}
 
 const KernelTable* best_kernels() {
   __builtin_cpu_init();
@@ -263,20 +240,11 @@ void linear(LinearArguments a, const void* x, int64_t x_stride) {
     a.x = rows;
     a.x_row_bytes = row_bytes;
   }
-  const int64_t panels = panel_count(a.out_features);
-  const int64_t row_blocks = divide_up(a.rows, kRowBlock);
-  const double bytes = static_cast<double>(panel_bytes(a.in_features, a.dtype));
-  const double operations = 2.0 * kPanelColumns * static_cast<double>(std::min(a.rows, kRowBlock) * a.in_features);
-  const double nanoseconds = bytes / kBytesPerNanosecond + operations / kOperationsPerNanosecond;
-  const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
-  const int64_t even = panels * row_blocks / (thread_count() * kChunksPerThread);
-  const int64_t group = std::min(panels, std::max(least, even));
-  const int64_t groups = divide_up(panels, group);
-  parallel_chunks(row_blocks * groups, [&](int64_t chunk, int) {
-    const int64_t row = chunk / groups * kRowBlock;
-    const int64_t panel = chunk % groups * group;
-    kernels().linear(a, row, std::min(a.rows, row + kRowBlock), panel, std::min(panels, panel + group));
-  });
+  split_product(a.rows, panel_count(a.out_features), panel_bytes(a.in_features, a.dtype), a.in_features,
+                kBfloat16OperationsPerNanosecond,
+                [&](int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
+                  kernels().linear(a, first_row, end_row, first_panel, end_panel);
+                });
 }
 
 void embedding(const void* ids, int64_t id_bytes, int64_t count, const uint8_t* panels, int64_t width, DataType dtype,
@@ -384,7 +352,7 @@ void paged_attention(const AttentionArguments& a, int64_t sequences) {
     for (int64_t task = chunk * per_chunk; task < end; ++task) {
       run_task(a, list[task], task + 1 < end ? &list[task + 1] : nullptr, common, scratch);
     }
-  });
+  }, Claims::kInOrder);
 }
 
 void rotary_and_store(const RotaryArguments& a, int64_t tokens) {

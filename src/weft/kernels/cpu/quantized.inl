@@ -192,15 +192,14 @@ struct Kind {
   static constexpr int kBits = kBitsOfCode;
   static constexpr bool kPerOutput = kIsPerOutput;
   static constexpr bool kMinimum = kHasMinimum;
-  // As many as registers hold, totals included. With 8 bits it pays to go a little beyond.
-  static constexpr int kMaxRows = kLanes == 8 ? 3 : (kBits == 8 ? 8 : 6);
+  // More would fit the registers, but then the float part of a group is too long to run beside the next products.
+  static constexpr int kMaxRows = kLanes == 8 ? 3 : 8;
   static constexpr int64_t kInputsPerStep = kBits == 4 ? 8 : (kBits == 6 ? 16 : 4);
   static constexpr int64_t kBytesPerStep = kBits == 6 ? 384 : 128;
 };
 
-// A panel is one stream from memory. Asked for this far ahead it arrives at the full rate of a core (measured: 2 KiB
-// give 90 % of it, two panels side by side 80 %).
-constexpr int64_t kAhead = 4096;
+// One panel as one stream from memory, asked for this far ahead, arrives at the full rate of a core. See kernels.inl.
+constexpr int64_t kStreamAhead = 8192;
 
 template <int kRows>
 using Sums = Words[kRows][kPanelVectors];
@@ -221,7 +220,6 @@ WEFT_INLINE void load_codes(Words (&codes)[kPanelVectors], const uint8_t* w) {
   for (int v = 0; v < kPanelVectors; ++v) {
     const uint8_t* from = w + v * sizeof(Words);
     codes[v] = load_words(from);
-    if (v * sizeof(Words) % 64 == 0) __builtin_prefetch(from + kAhead);
   }
 }
 
@@ -268,8 +266,10 @@ WEFT_INLINE void add_step(Sums<kRows>& sums, const uint8_t* x, int64_t row_bytes
   }
 }
 
+// Of kRows rows and one panel. They stay in the first-level cache: once per group they cost less than the registers
+// they would take from the sums.
 template <int kRows>
-using Totals = Floats[kRows][kPanelVectors];
+using Totals = float[kRows][kPanelColumns];
 
 // The number at `of_first` in another row of quantized activations.
 WEFT_INLINE const float* in_row(const float* of_first, int row, int64_t row_bytes) {
@@ -280,71 +280,25 @@ WEFT_INLINE const float* in_row(const float* of_first, int row, int64_t row_byte
 template <typename K, int kRows>
 WEFT_INLINE void add_group(Totals<kRows>& totals, const Sums<kRows>& sums, const float* scales,
                            const float* corrections, int64_t row_bytes, const uint8_t* w) {
+  Floats scale[kPanelVectors], minimum[kPanelVectors];
+  if constexpr (!K::kPerOutput) {
+    const uint16_t* const halves = reinterpret_cast<const uint16_t*>(w);
 #pragma GCC unroll 4
-  for (int v = 0; v < kPanelVectors; ++v) {
-    if constexpr (K::kPerOutput) {
-#pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) {
-        totals[row][v] = fma(to_floats(sums[row][v]), broadcast(in_row(scales, row, row_bytes)), totals[row][v]);
-      }
-    } else {
-      const uint16_t* const halves = reinterpret_cast<const uint16_t*>(w) + v * kLanes;
-      const Floats scale = load_halves(halves);
-#pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) {
-        const Floats product = multiply(scale, broadcast(in_row(scales, row, row_bytes)));
-        totals[row][v] = fma(to_floats(sums[row][v]), product, totals[row][v]);
-      }
-      if constexpr (K::kMinimum) {
-        const Floats minimum = load_halves(halves + kPanelColumns);
-#pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-          totals[row][v] = fma(minimum, broadcast(in_row(corrections, row, row_bytes)), totals[row][v]);
-        }
-      }
+    for (int v = 0; v < kPanelVectors; ++v) {
+      scale[v] = load_halves(halves + v * kLanes);
+      if constexpr (K::kMinimum) minimum[v] = load_halves(halves + kPanelColumns + v * kLanes);
     }
   }
-}
-
-// Products of kRows rows and one panel, without bias and residual: `out` is [kRows][32].
-template <typename K, int kRows>
-__attribute__((noinline)) void multiply_tile(const QuantizedRow& layout, int64_t in_features, int64_t group_size,
-                                             const uint8_t* rows, const uint8_t* panel, float* out) {
-  const int64_t row_bytes = layout.bytes();
-  const float* scales = reinterpret_cast<const float*>(rows + layout.code_bytes);
-  const float* corrections = scales + layout.groups;
-  const uint8_t* w = panel + (K::kPerOutput ? 128 : 0);
-  Totals<kRows> totals;
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
+    const Floats of_row = broadcast(in_row(scales, row, row_bytes));
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVectors; ++v) totals[row][v] = zero();
-  }
-  for (int64_t first = 0; first < in_features; first += group_size) {
-    const uint8_t* const scales_of_group = w;
-    w += K::kPerOutput ? 0 : (K::kMinimum ? 128 : 64);
-    Sums<kRows> sums;
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const Words start = K::kMinimum ? set_words(0) : spread(in_row(corrections, row, row_bytes));
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = start;
-    }
-    const int64_t end = least(first + group_size, in_features);
-    for (int64_t input = first; input < end; input += K::kInputsPerStep) {
-      add_step<K::kBits, kRows>(sums, rows + input, row_bytes, w);
-      w += K::kBytesPerStep;
-    }
-    add_group<K, kRows>(totals, sums, scales, corrections, row_bytes, scales_of_group);
-    ++scales;
-    ++corrections;
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < kPanelVectors; ++v) {
-    const Floats scale = K::kPerOutput ? load(reinterpret_cast<const float*>(panel) + v * kLanes) : zero();
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      store(out + row * kPanelColumns + v * kLanes, K::kPerOutput ? multiply(totals[row][v], scale) : totals[row][v]);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* const at = totals[row] + v * kLanes;
+      const Floats factor = K::kPerOutput ? of_row : multiply(scale[v], of_row);
+      Floats total = fma(to_floats(sums[row][v]), factor, load(at));
+      if constexpr (K::kMinimum) total = fma(minimum[v], broadcast(in_row(corrections, row, row_bytes)), total);
+      store(at, total);
     }
   }
 }
@@ -358,60 +312,115 @@ WEFT_INLINE void put(Element* p, Floats x, int64_t count) {
   }
 }
 
-// Adds bias and residual to `columns` columns from `column` on, rounds once, stores.
-void finish_row(const QuantizedLinearArguments& a, const float* sums, int64_t row, int64_t column, int64_t columns) {
-  for (int64_t i = 0; i < columns; i += kLanes) {
-    const int64_t count = columns - i, at = column + i;
-    Floats y = load(sums + i);
-    if (a.bias != nullptr) y = add(y, zero_beyond(a.bias + at, count));
-    if (a.residual != nullptr) {
-      const int64_t place = row * a.residual_stride + at;
-      y = add(y, a.residual_dtype == kFloat32 ? zero_beyond(static_cast<const float*>(a.residual) + place, count)
-                                              : zero_beyond(static_cast<const uint16_t*>(a.residual) + place, count));
-    }
-    if (a.out_dtype == kFloat32) {
-      put(static_cast<float*>(a.out) + row * a.out_stride + at, y, count);
-    } else {
-      put(static_cast<uint16_t*>(a.out) + row * a.out_stride + at, y, count);
+// Adds bias and residual, rounds once, stores. `count` columns of the vector exist.
+template <typename Out>
+WEFT_INLINE void finish_vector(const QuantizedLinearArguments& a, Floats y, int64_t row, int64_t column,
+                               int64_t count) {
+  if (a.bias != nullptr) y = add(y, zero_beyond(a.bias + column, count));
+  if (a.residual != nullptr) {
+    const int64_t place = row * a.residual_stride + column;
+    y = add(y, a.residual_dtype == kFloat32 ? zero_beyond(static_cast<const float*>(a.residual) + place, count)
+                                            : zero_beyond(static_cast<const uint16_t*>(a.residual) + place, count));
+  }
+  put(static_cast<Out*>(a.out) + row * a.out_stride + column, y, count);
+}
+
+// Where the rows and the panel of a tile lie. Sizes are worked out once for all tiles: it takes divisions.
+struct Tile {
+  QuantizedRow layout;
+  int64_t row_bytes;
+  int64_t panel_bytes;
+  int64_t row;
+  int64_t panel;
+  // Weights that are needed later: two lines per step are asked for, from here on. See kernels.inl.
+  const uint8_t* later;
+  int64_t later_step_bytes;
+};
+
+template <typename K, int kRows, typename Out>
+WEFT_INLINE void finish_tile(const QuantizedLinearArguments& a, const Totals<kRows>& totals, const uint8_t* panel,
+                             const Tile& tile) {
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t at = tile.panel * kPanelColumns + v * kLanes;
+      if (at >= a.out_features) break;
+      Floats y = load(totals[r] + v * kLanes);
+      if constexpr (K::kPerOutput) y = multiply(y, load(reinterpret_cast<const float*>(panel) + v * kLanes));
+      finish_vector<Out>(a, y, tile.row + r, at, a.out_features - at);
     }
   }
 }
 
 template <typename K, int kRows>
-void multiply_rows(const QuantizedLinearArguments& a, int64_t row, int64_t first_panel, int64_t end_panel) {
-  const QuantizedRow layout = quantized_row(a.format, a.in_features);
-  const int64_t panel_bytes = quantized_panel_bytes(a.format, a.in_features);
-  alignas(64) float tile[kRows * kPanelColumns];
-  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    multiply_tile<K, kRows>(layout, a.in_features, a.format.group_size, a.rows + row * layout.bytes(),
-                            a.panels + panel * panel_bytes, tile);
-    const int64_t column = panel * kPanelColumns;
-    const int64_t columns = least(kPanelColumns, a.out_features - column);
-    for (int r = 0; r < kRows; ++r) finish_row(a, tile + r * kPanelColumns, row + r, column, columns);
+__attribute__((noinline)) void multiply_tile(const QuantizedLinearArguments& a, const Tile& tile) {
+  const int64_t row_bytes = tile.row_bytes;
+  const uint8_t* const rows = a.rows + tile.row * row_bytes;
+  const uint8_t* const panel = a.panels + tile.panel * tile.panel_bytes;
+  const float* scales = reinterpret_cast<const float*>(rows + tile.layout.code_bytes);
+  const float* corrections = scales + tile.layout.groups;
+  const uint8_t* w = panel + (K::kPerOutput ? 128 : 0);
+  const uint8_t* later = tile.later;
+  alignas(64) Totals<kRows> totals;
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) store(totals[row] + v * kLanes, zero());
+  }
+  for (int64_t first = 0; first < a.in_features; first += a.format.group_size) {
+    const uint8_t* const scales_of_group = w;
+    w += K::kPerOutput ? 0 : (K::kMinimum ? 128 : 64);
+    Sums<kRows> sums;
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      const Words start = K::kMinimum ? set_words(0) : spread(in_row(corrections, row, row_bytes));
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) sums[row][v] = start;
+    }
+    const int64_t end = least(first + a.format.group_size, a.in_features);
+    for (int64_t input = first; input < end; input += K::kInputsPerStep) {
+      __builtin_prefetch(later);
+      __builtin_prefetch(later + 64);
+      later += tile.later_step_bytes;
+      add_step<K::kBits, kRows>(sums, rows + input, row_bytes, w);
+      w += K::kBytesPerStep;
+    }
+    add_group<K, kRows>(totals, sums, scales, corrections, row_bytes, scales_of_group);
+    ++scales;
+    ++corrections;
+  }
+  if (a.out_dtype == kFloat32) {
+    finish_tile<K, kRows, float>(a, totals, panel, tile);
+  } else {
+    finish_tile<K, kRows, uint16_t>(a, totals, panel, tile);
   }
 }
 
 template <typename K, int kRows = K::kMaxRows>
-WEFT_INLINE void multiply_some_rows(const QuantizedLinearArguments& a, int64_t rows, int64_t row, int64_t panel,
-                                    int64_t end_panel) {
+WEFT_INLINE void multiply_some_rows(const QuantizedLinearArguments& a, int64_t rows, const Tile& tile) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_some_rows<K, kRows - 1>(a, rows, row, panel, end_panel);
+    if (rows < kRows) return multiply_some_rows<K, kRows - 1>(a, rows, tile);
   }
-  multiply_rows<K, kRows>(a, row, panel, end_panel);
+  multiply_tile<K, kRows>(a, tile);
 }
 
-// Panels outside, rows inside: a panel is read from memory once and stays in the cache for all rows.
+// Panels outside, rows inside: a panel is read from memory once and stays in the cache for all rows. A lone tile of
+// rows runs along the stream of weights; of several, each asks for its share of the next panel.
 template <typename K>
 void multiply_piece(const QuantizedLinearArguments& a, int64_t first_row, int64_t end_row, int64_t first_panel,
                     int64_t end_panel) {
+  const int64_t bytes = quantized_panel_bytes(a.format, a.in_features);
   const int64_t tiles = divide_rounding_up(end_row - first_row, K::kMaxRows);
-  if (tiles == 1) return multiply_some_rows<K>(a, end_row - first_row, first_row, first_panel, end_panel);
-  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    int64_t row = first_row;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t rows = divide_rounding_up(end_row - row, tiles - tile);
-      multiply_some_rows<K>(a, rows, row, panel, panel + 1);
-      row += rows;
+  const int64_t steps = divide_rounding_up(a.in_features, K::kInputsPerStep);
+  Tile tile{quantized_row(a.format, a.in_features), 0, bytes, 0, 0, nullptr, divide_rounding_up(bytes, steps * tiles)};
+  tile.row_bytes = tile.layout.bytes();
+  for (tile.panel = first_panel; tile.panel < end_panel; ++tile.panel) {
+    tile.row = first_row;
+    tile.later = a.panels + tile.panel * bytes + (tiles == 1 ? kStreamAhead : bytes);
+    for (int64_t left = tiles; left > 0; --left) {
+      const int64_t rows = divide_rounding_up(end_row - tile.row, left);
+      multiply_some_rows<K>(a, rows, tile);
+      tile.row += rows;
+      tile.later += bytes / tiles;
     }
   }
 }

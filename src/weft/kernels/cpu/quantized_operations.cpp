@@ -6,17 +6,10 @@
 #include <cstring>
 
 #include "operations.h"
-#include "thread_pool.h"
+#include "pieces.h"
 
 namespace weft {
 namespace {
-
-// See operations.cpp.
-constexpr double kChunkNanoseconds = 4000.0;
-constexpr double kBytesPerNanosecond = 20.0;
-constexpr double kOperationsPerNanosecond = 400.0;
-constexpr int64_t kChunksPerThread = 4;
-constexpr int64_t kRowBlock = 192;
 
 // The compilers' own list of features misses this one.
 bool has_avx_vnni() {
@@ -52,15 +45,6 @@ Best find_best() {
 const QuantizedKernels*& forced_kernels() {
   static const QuantizedKernels* forced = nullptr;
   return forced;
-}
-
-template <typename Work>
-void split(int64_t count, double nanoseconds, const Work& work) {
-  const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
-  const int64_t size = std::max(least, divide_rounding_up(count, thread_count() * kChunksPerThread));
-  parallel_chunks(divide_rounding_up(count, size), [&](int64_t chunk, int thread) {
-    work(chunk * size, std::min(count, (chunk + 1) * size), thread);
-  });
 }
 
 const QuantizedFormat& format_of(const PackedWeight& weight) {
@@ -114,20 +98,11 @@ void quantized_linear(const PackedWeight& weight, const LinearRows& r) {
   const QuantizedLinearArguments a{rows, panels_of(weight), weight.bias, r.residual, r.residual_stride, r.out,
                                    r.out_stride, weight.in_features, weight.out_features, weight.dtype, r.out_dtype,
                                    format};
-  const int64_t panels = panel_count(weight.out_features);
-  const int64_t row_blocks = divide_rounding_up(r.rows, kRowBlock);
-  const double bytes = static_cast<double>(quantized_panel_bytes(format, weight.in_features));
-  const double operations = 2.0 * kPanelColumns * static_cast<double>(std::min(r.rows, kRowBlock) * weight.in_features);
-  const double nanoseconds = bytes / kBytesPerNanosecond + operations / kOperationsPerNanosecond;
-  const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
-  const int64_t even = panels * row_blocks / (thread_count() * kChunksPerThread);
-  const int64_t group = std::min(panels, std::max(least, even));
-  const int64_t groups = divide_rounding_up(panels, group);
-  parallel_chunks(row_blocks * groups, [&](int64_t chunk, int) {
-    const int64_t row = chunk / groups * kRowBlock;
-    const int64_t panel = chunk % groups * group;
-    quantized_kernels().linear(a, row, std::min(r.rows, row + kRowBlock), panel, std::min(panels, panel + group));
-  });
+  split_product(r.rows, panel_count(weight.out_features), quantized_panel_bytes(format, weight.in_features),
+                weight.in_features, kInt8OperationsPerNanosecond,
+                [&](int64_t first_row, int64_t end_row, int64_t first_panel, int64_t end_panel) {
+                  quantized_kernels().linear(a, first_row, end_row, first_panel, end_panel);
+                });
 }
 
 void quantized_embedding(const PackedWeight& weight, const int32_t* ids, int64_t count, void* out) {

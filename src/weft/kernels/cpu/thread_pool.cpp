@@ -75,7 +75,7 @@ struct Scratch {
 
 class Pool {
  public:
-  void run(ChunkFunction function, const void* context, int64_t count) {
+  void run(ChunkFunction function, const void* context, int64_t count, Claims claims) {
     if (count <= 0) return;
     if (count == 1 || count_ == 1) {
       for (int64_t chunk = 0; chunk < count; ++chunk) function(context, chunk, 0);
@@ -85,7 +85,7 @@ class Pool {
     // More chunks than a claim can count are run in rounds.
     for (int64_t first = 0; first < count; first += kMaxChunks) {
       const int64_t round = count - first < kMaxChunks ? count - first : kMaxChunks;
-      run_round(function, context, first, static_cast<uint32_t>(round));
+      run_round(function, context, first, round, claims);
     }
   }
 
@@ -122,14 +122,22 @@ class Pool {
  private:
   static constexpr int64_t kMaxChunks = 1 << 30;
 
-  void run_round(ChunkFunction function, const void* context, int64_t first, uint32_t count) {
+  // Chunks of a thread that nobody has claimed: first << 32 | end.
+  struct alignas(64) Run {
+    std::atomic<uint64_t> unclaimed{0};
+  };
+
+  void run_round(ChunkFunction function, const void* context, int64_t first, int64_t count, Claims claims) {
     function_ = function;
     context_ = context;
     first_ = first;
-    round_count_ = count;
-    unfinished_.store(count, std::memory_order_relaxed);
-    const uint64_t generation = (claims_.load(std::memory_order_relaxed) >> 32) + 1;
-    claims_.store(generation << 32 | count, std::memory_order_release);
+    claims_.store(claims, std::memory_order_relaxed);
+    unfinished_.store(static_cast<uint32_t>(count), std::memory_order_relaxed);
+    const int64_t runs = claims == Claims::kOwnRun ? count_.load(std::memory_order_relaxed) : 1;
+    for (int64_t run = 0; run < runs; ++run) {
+      const uint64_t begin = count * run / runs, end = count * (run + 1) / runs;
+      runs_[run].unclaimed.store(begin << 32 | end, std::memory_order_release);
+    }
     wake_word_.fetch_add(1, std::memory_order_seq_cst);
     if (sleeping_.load(std::memory_order_seq_cst) > 0) futex_wake_all(wake_word_);
 
@@ -142,40 +150,50 @@ class Pool {
     caller_sleeps_.store(0, std::memory_order_relaxed);
   }
 
-  // Claims and runs chunks until none is left. The job's fields are read only after a successful claim: they cannot
-  // change before that chunk is reported as finished. The generation in the upper half keeps a thread that slept
-  // through a whole job from claiming with a stale value.
-  void work(int thread) {
-    uint64_t claim = claims_.load(std::memory_order_acquire);
-    while (static_cast<uint32_t>(claim) != 0) {
-      if (!claims_.compare_exchange_weak(claim, claim - 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+  // Takes a chunk from one end of a run. Returns whether there was one. A thread that slept through a whole job may
+  // succeed with what it saw before: then the run is at that place again, and the chunk is one of the present job.
+  static bool claim(Run& run, bool from_end, int64_t* chunk) {
+    uint64_t seen = run.unclaimed.load(std::memory_order_acquire);
+    for (;;) {
+      const uint64_t begin = seen >> 32, end = seen & UINT32_MAX;
+      if (begin == end) return false;
+      const uint64_t left = from_end ? begin << 32 | (end - 1) : (begin + 1) << 32 | end;
+      if (!run.unclaimed.compare_exchange_weak(seen, left, std::memory_order_acq_rel, std::memory_order_acquire)) {
         continue;
       }
-      const uint32_t left = static_cast<uint32_t>(claim);
-      function_(context_, first_ + (round_count_ - left), thread);
-      if (unfinished_.fetch_sub(1, std::memory_order_seq_cst) == 1 &&
-          caller_sleeps_.load(std::memory_order_seq_cst) != 0) {
-        futex_wake_all(unfinished_);
-      }
-      claim = claims_.load(std::memory_order_acquire);
+      *chunk = static_cast<int64_t>(from_end ? end - 1 : begin);
+      return true;
+    }
+  }
+
+  // Claims and runs chunks until none is left, the thread's own first. The job's fields are read only after a
+  // successful claim: they cannot change before that chunk is reported as finished.
+  void work(int thread) {
+    const int count = count_.load(std::memory_order_relaxed);
+    uint32_t finished = 0;
+    for (int i = 0; i < count; ++i) {
+      const int owner = (thread + i) % count;
+      const bool from_end = i > 0 && claims_.load(std::memory_order_relaxed) == Claims::kOwnRun;
+      for (int64_t chunk; claim(runs_[owner], from_end, &chunk); ++finished) function_(context_, first_ + chunk, thread);
+    }
+    if (finished == 0) return;
+    if (unfinished_.fetch_sub(finished, std::memory_order_seq_cst) == finished &&
+        caller_sleeps_.load(std::memory_order_seq_cst) != 0) {
+      futex_wake_all(unfinished_);
     }
   }
 
   void serve(int thread) {
-    const auto has_work = [this] {
-      return static_cast<uint32_t>(claims_.load(std::memory_order_acquire)) != 0 ||
-             stopping_.load(std::memory_order_relaxed);
-    };
     for (;;) {
+      // Read before looking for work: a job published since then has changed the word, and nothing waits.
       const uint32_t seen = wake_word_.load(std::memory_order_seq_cst);
-      if (!spin_until(has_work)) {
-        sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        // A job published since `seen` was read has changed the word, and the wait returns at once.
-        if (!has_work()) futex_wait(wake_word_, seen);
-        sleeping_.fetch_sub(1, std::memory_order_seq_cst);
-      }
       if (stopping_.load(std::memory_order_relaxed)) return;
       work(thread);
+      const auto is_called = [this, seen] { return wake_word_.load(std::memory_order_acquire) != seen; };
+      if (spin_until(is_called)) continue;
+      sleeping_.fetch_add(1, std::memory_order_seq_cst);
+      futex_wait(wake_word_, seen);
+      sleeping_.fetch_sub(1, std::memory_order_seq_cst);
     }
   }
 
@@ -206,10 +224,9 @@ class Pool {
   ChunkFunction function_ = nullptr;
   const void* context_ = nullptr;
   int64_t first_ = 0;
-  uint32_t round_count_ = 0;
+  std::atomic<Claims> claims_{Claims::kOwnRun};
+  Run runs_[kMaxThreads];
 
-  // Generation in the upper half, chunks nobody has claimed in the lower one.
-  alignas(64) std::atomic<uint64_t> claims_{0};
   alignas(64) std::atomic<uint32_t> unfinished_{0};
   std::atomic<uint32_t> caller_sleeps_{0};
   alignas(64) std::atomic<uint32_t> wake_word_{0};
@@ -228,7 +245,9 @@ Pool& pool() {
 
 void set_thread_count(int count) { pool().set_count(count); }
 int thread_count() { return pool().count(); }
-void run_chunks(ChunkFunction function, const void* context, int64_t count) { pool().run(function, context, count); }
+void run_chunks(ChunkFunction function, const void* context, int64_t count, Claims claims) {
+  pool().run(function, context, count, claims);
+}
 Session::Session() { pool().open_session(); }
 Session::~Session() { pool().close_session(); }
 void* session_scratch(int64_t bytes) { return pool().session_scratch(bytes); }

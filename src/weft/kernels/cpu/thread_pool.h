@@ -4,6 +4,10 @@
 // takes away delays only the chunk it holds, never the whole job: with a busy neighbour on one of two cores the other
 // core does the rest. No result may depend on which thread runs a chunk.
 //
+// Every thread has a run of neighbouring chunks of its own and takes them in ascending order; when it has none left it
+// takes the others' from their far ends. So a thread walks along memory, finds in its cache what it left there in the
+// last job of the same shape, and asks nobody for the next chunk until the end.
+//
 // Threads are started by the first job. A process forked from this one inherits no threads: its first job starts
 // its own. Forking while a job runs in another thread leaves the child's pool unusable, as with every lock.
 #pragma once
@@ -29,17 +33,22 @@ class Session {
   Session& operator=(const Session&) = delete;
 };
 
+enum class Claims {
+  kOwnRun,     // as above
+  kInOrder,    // all threads take the lowest chunk that is left: for chunks sorted by descending size
+};
+
 // Runs chunks 0 … count-1 and returns when all are done. The caller holds a Session.
-void run_chunks(ChunkFunction function, const void* context, int64_t count);
+void run_chunks(ChunkFunction function, const void* context, int64_t count, Claims claims);
 
 // The same with any callable `void(int64_t chunk, int thread)`; nothing is allocated.
 template <typename Callable>
-inline void parallel_chunks(int64_t count, const Callable& callable) {
+inline void parallel_chunks(int64_t count, const Callable& callable, Claims claims = Claims::kOwnRun) {
   run_chunks(
       [](const void* context, int64_t chunk, int thread) {
         (*static_cast<const Callable*>(context))(chunk, thread);
       },
-      &callable, count);
+      &callable, count, claims);
 }
 
 // Memory of one thread: at least `bytes`, aligned to 4096, contents undefined, valid until the next call for that
