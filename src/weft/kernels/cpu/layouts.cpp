@@ -22,10 +22,14 @@ void look_up_rows(const PackedWeight& w, const int32_t* ids, int64_t count, void
   take_rows(w.data, w.in_features, ids, count, w.in_features, w.dtype, out);
 }
 
+int64_t panels_bytes(const PackedWeight& w) {
+  return panel_count(w.out_features) * panel_bytes(w.in_features, w.dtype);
+}
+
 constexpr Layout kLayouts[] = {
-    {"panels", multiply_panels, look_up_panels},
-    {"quantized", quantized_linear, quantized_embedding},
-    {"rows", nullptr, look_up_rows},
+    {"panels", multiply_panels, look_up_panels, panels_bytes},
+    {"quantized", quantized_linear, quantized_embedding, quantized_weight_bytes},
+    {"rows", nullptr, look_up_rows, nullptr},
 };
 
 }  // namespace

@@ -24,6 +24,8 @@ struct Layout {
   void (*linear)(const PackedWeight& weight, const LinearRows& rows);
   // Rows of the original weight, in its dtype. nullptr: no table to look rows up in.
   void (*embedding)(const PackedWeight& weight, const int32_t* ids, int64_t count, void* out);
+  // Of `weight.data`. nullptr where there is no `linear`.
+  int64_t (*bytes)(const PackedWeight& weight);
 };
 
 // Place of a layout in the table, or -1 when there is none of that name, or none that rows can be looked up in.

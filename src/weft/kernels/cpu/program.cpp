@@ -5,6 +5,7 @@
 #include "layouts.h"
 #include "operations.h"
 #include "prefixes.h"
+#include "thread_pool.h"
 
 namespace weft {
 namespace {
@@ -37,6 +38,13 @@ int64_t first_bad_sequence(const Step& step, int64_t window) {
     if (first_outside(step.block_tables + s * step.table_stride + first, end - first, step.num_blocks) >= 0) return s;
   }
   return -1;
+}
+
+// Finds the first product from `i` on and lets waiting threads ask for its weight. Returns `end` when there is none.
+const Instruction* announce_product(const Instruction* i, const Instruction* end) {
+  while (i != end && i->operation != Operation::kLinear) ++i;
+  if (i != end) announce(i->linear.data, layout_at(i->linear.layout).bytes(i->linear));
+  return i;
 }
 
 class Runner {
@@ -158,13 +166,13 @@ Finding check_step(const Instruction* program, int64_t count, const Step& step) 
 
 void run_step(const Instruction* program, int64_t count, const Step& step) {
   const Runner runner(step);
-  if (step.nanoseconds == nullptr) {
-    for (const Instruction* i = program; i != program + count; ++i) runner.run(*i);
-    return;
-  }
-  int64_t before = now_ns();
-  for (const Instruction* i = program; i != program + count; ++i) {
+  const Instruction* const end = program + count;
+  const Instruction* product = announce_product(program, end);
+  int64_t before = step.nanoseconds == nullptr ? 0 : now_ns();
+  for (const Instruction* i = program; i != end; ++i) {
+    if (i == product) product = announce_product(i + 1, end);
     runner.run(*i);
+    if (step.nanoseconds == nullptr) continue;
     const int64_t after = now_ns();
     step.nanoseconds[i - program] += after - before;
     before = after;

@@ -86,6 +86,10 @@ void pack_codes(const PackCodesArguments& a) {
   });
 }
 
+int64_t quantized_weight_bytes(const PackedWeight& weight) {
+  return quantized_bytes(format_of(weight), weight.out_features, weight.in_features);
+}
+
 void quantized_linear(const PackedWeight& weight, const LinearRows& r) {
   const QuantizedFormat& format = format_of(weight);
   const int64_t row_bytes = quantized_row(format, weight.in_features).bytes();

@@ -17,6 +17,7 @@ bool select_quantized_kernels(const char* name);
 void quantize_weight(const QuantizeWeightArguments& arguments);
 void pack_codes(const PackCodesArguments& arguments);
 // Where the weight is `data` with its header, as in a program.
+int64_t quantized_weight_bytes(const PackedWeight& weight);
 void quantized_linear(const PackedWeight& weight, const LinearRows& rows);
 void quantized_embedding(const PackedWeight& weight, const int32_t* ids, int64_t count, void* out);
 

@@ -22,6 +22,9 @@ namespace {
 constexpr int64_t kSpinNanoseconds = 40'000;
 constexpr int kPausesPerClockRead = 32;
 constexpr int kMaxThreads = 256;
+// A quarter of a second-level cache: what a thread asks for while it waits must still be there when it is read.
+constexpr int64_t kMostAhead = 256 << 10;
+constexpr int64_t kAheadPerPause = 512;
 
 int64_t now_ns() {
   timespec time;
@@ -39,14 +42,14 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
 
 void pause_cpu() { __builtin_ia32_pause(); }
 
-// Spins until `is_done`, at most kSpinNanoseconds. Returns whether it is.
-template <typename Condition>
-bool spin_until(const Condition& is_done) {
+// Spins until `is_done`, at most kSpinNanoseconds, with `rest` between two looks. Returns whether it is.
+template <typename Condition, typename Rest>
+bool spin_until(const Condition& is_done, const Rest& rest) {
   const int64_t deadline = now_ns() + kSpinNanoseconds;
   do {
     for (int pause = 0; pause < kPausesPerClockRead; ++pause) {
       if (is_done()) return true;
-      pause_cpu();
+      rest();
     }
   } while (now_ns() < deadline);
   return is_done();
@@ -104,6 +107,11 @@ class Pool {
     stop();
   }
 
+  void announce(const void* memory, int64_t bytes) {
+    announced_.store(static_cast<const uint8_t*>(memory), std::memory_order_relaxed);
+    announced_bytes_.store(bytes, std::memory_order_relaxed);
+  }
+
   void* scratch(int thread, int64_t bytes) { return scratch_[thread].at_least(bytes); }
   void* session_scratch(int64_t bytes) { return session_scratch_.at_least(bytes); }
   void open_session() { callers_.lock(); }
@@ -144,7 +152,7 @@ class Pool {
     work(0);
 
     const auto is_done = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
-    if (spin_until(is_done)) return;
+    if (spin_until(is_done, [this] { ask_ahead(0); })) return;
     caller_sleeps_.store(1, std::memory_order_seq_cst);
     for (uint32_t left; (left = unfinished_.load(std::memory_order_seq_cst)) != 0;) futex_wait(unfinished_, left);
     caller_sleeps_.store(0, std::memory_order_relaxed);
@@ -183,6 +191,21 @@ class Pool {
     }
   }
 
+  // Asks for the next bit of what was announced, or pauses when there is none. An announcement seen half is harmless:
+  // nothing is read.
+  void ask_ahead(int thread) {
+    Foresight& own = foresights_[thread];
+    const uint8_t* const memory = announced_.load(std::memory_order_relaxed);
+    if (memory != own.announced) {
+      const int64_t bytes = announced_bytes_.load(std::memory_order_relaxed), count = count_.load(std::memory_order_relaxed);
+      own = {memory, memory + bytes / count * thread, bytes / count < kMostAhead ? bytes / count : kMostAhead};
+    }
+    if (own.left <= 0) return pause_cpu();
+    for (int64_t byte = 0; byte < kAheadPerPause; byte += 64) __builtin_prefetch(own.next + byte, 0, 2);
+    own.next += kAheadPerPause;
+    own.left -= kAheadPerPause;
+  }
+
   void serve(int thread) {
     for (;;) {
       // Read before looking for work: a job published since then has changed the word, and nothing waits.
@@ -190,7 +213,7 @@ class Pool {
       if (stopping_.load(std::memory_order_relaxed)) return;
       work(thread);
       const auto is_called = [this, seen] { return wake_word_.load(std::memory_order_acquire) != seen; };
-      if (spin_until(is_called)) continue;
+      if (spin_until(is_called, [this, thread] { ask_ahead(thread); })) continue;
       sleeping_.fetch_add(1, std::memory_order_seq_cst);
       futex_wait(wake_word_, seen);
       sleeping_.fetch_sub(1, std::memory_order_seq_cst);
@@ -227,6 +250,15 @@ class Pool {
   std::atomic<Claims> claims_{Claims::kOwnRun};
   Run runs_[kMaxThreads];
 
+  struct alignas(64) Foresight {
+    const uint8_t* announced = nullptr;
+    const uint8_t* next = nullptr;
+    int64_t left = 0;
+  };
+  Foresight foresights_[kMaxThreads];
+  std::atomic<const uint8_t*> announced_{nullptr};
+  std::atomic<int64_t> announced_bytes_{0};
+
   alignas(64) std::atomic<uint32_t> unfinished_{0};
   std::atomic<uint32_t> caller_sleeps_{0};
   alignas(64) std::atomic<uint32_t> wake_word_{0};
@@ -248,6 +280,7 @@ int thread_count() { return pool().count(); }
 void run_chunks(ChunkFunction function, const void* context, int64_t count, Claims claims) {
   pool().run(function, context, count, claims);
 }
+void announce(const void* memory, int64_t bytes) { pool().announce(memory, bytes); }
 Session::Session() { pool().open_session(); }
 Session::~Session() { pool().close_session(); }
 void* session_scratch(int64_t bytes) { return pool().session_scratch(bytes); }

@@ -51,6 +51,10 @@ inline void parallel_chunks(int64_t count, const Callable& callable, Claims clai
       &callable, count, claims);
 }
 
+// Says which memory the next jobs will read, in runs of equal length, one per thread. A thread that has nothing to do
+// asks for the beginning of its run while it waits, so memory is not idle between two jobs. The memory is not touched.
+void announce(const void* memory, int64_t bytes);
+
 // Memory of one thread: at least `bytes`, aligned to 4096, contents undefined, valid until the next call for that
 // thread. While a job runs only the thread itself may call it.
 void* thread_scratch(int thread, int64_t bytes);
