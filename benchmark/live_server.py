@@ -16,7 +16,7 @@ from peers import Launch, Server
 
 from weft.benchmark.host import process_tree
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
 
 

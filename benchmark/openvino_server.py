@@ -196,7 +196,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     application = Application(arguments.model, arguments.threads)
-    uvicorn.run(application, host="127.0.0.1", port=arguments.port, log_level="warning", access_log=False)
+    uvicorn.run(
+        application,
+        host="127.0.0.1",
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def vllm_preloads(environment: Path) -> list[Path]:
 
 def make_llamacpp() -> Path:
     """A directory with `llama-server` and `llama-quantize`, built for this processor."""
-    base = cache_directory() / LLAMACPP_SOURCE.replace("==", "-")
+    base = cache_directory() / LLAMACPP_SOURCE.replace("llama-cpp-python==", "llamacpp-")
     build = base / "build" / "bin"
     if (build / "llama-server").exists() and (build / "llama-quantize").exists():
         return build

@@ -1,0 +1,92 @@
+"""What a fixed order of additions costs: our linear layers beside ones that may choose their order by the batch.
+
+    python benchmark/invariance.py [--threads 2] [--rounds 15]
+
+Our bfloat16 kernels add the products of an output in one order at every number of rows M, which is what makes a token
+the same alone and in a batch. oneDNN's choose blocking, splitting and order for each shape and M. For every matrix of
+SmolLM2-135M both take turns, pass by pass, so that a busy machine slows both alike. A kernel without our restriction
+could be the faster of the two for each matrix and M: the cost is the time of ours over the time of that choice, less 1.
+It is an upper bound, because whatever else oneDNN does better is counted, too.
+
+The 8- and 4-bit kernels pay nothing in their products, because sums of integers are exact in any order; their groups'
+float sums have one order, as here.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from weft.kernels import onednn, registry
+from weft.kernels.cpu import operations
+from weft.kernels.packed import PackedLinear
+
+NUM_LAYERS = 30
+SHAPES = {
+    "query, key, value": (576, 960, NUM_LAYERS),
+    "attention output": (576, 576, NUM_LAYERS),
+    "gate and up": (576, 3072, NUM_LAYERS),
+    "down": (1536, 576, NUM_LAYERS),
+    "vocabulary (a third)": (576, 16384, 3),
+}
+"""Kind → inputs, outputs, matrices of a pass. oneDNN takes the vocabulary in parts that it packs."""
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
+Linear = Callable[[torch.Tensor, PackedLinear], torch.Tensor]
+
+
+def main() -> int:
+    """One row of a Markdown table per M."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each; default: 15")
+    arguments = parser.parse_args()
+    if not onednn.is_available() or not registry.is_batch_invariant(torch.bfloat16):
+        sys.stderr.write("needs a CPU that computes in bfloat16, and the compiled kernels\n")
+        return 1
+    registry.set_threads(arguments.threads)
+    sys.stdout.write(
+        "| M | ours, ms | oneDNN, ms | free choice, ms | cost of the fixed order |\n|" + " --- |" * 5 + "\n"
+    )
+    matrices = {kind: list(_packed(*shape)) for kind, shape in SHAPES.items()}
+    for rows in ROWS:
+        times = [_compare(pairs, rows, arguments) for pairs in matrices.values()]
+        ours, theirs = (sum(side) for side in zip(*times, strict=True))
+        chosen = sum(map(min, times))
+        sys.stdout.write(f"| {rows} | {ours:.2f} | {theirs:.2f} | {chosen:.2f} | {ours / chosen - 1:.1%} |\n")
+        sys.stdout.flush()
+    return 0
+
+
+def _packed(inputs: int, outputs: int, count: int) -> Iterator[tuple[PackedLinear, PackedLinear]]:
+    draw = torch.Generator().manual_seed(inputs)
+    for _ in range(count):
+        weight = (torch.randn(outputs, inputs, generator=draw) / inputs**0.5).to(torch.bfloat16)
+        yield operations.pack_linear(weight), onednn.pack_linear(weight)
+
+
+def _compare(
+    pairs: list[tuple[PackedLinear, PackedLinear]], rows: int, arguments: argparse.Namespace
+) -> tuple[float, float]:
+    """Milliseconds of a pass over all matrices of a kind: ours, oneDNN's. Medians of turns."""
+    x = torch.randn(rows, pairs[0][0].in_features).to(torch.bfloat16)
+    sides: tuple[tuple[Linear, int], ...] = ((operations.linear, 1), (onednn.linear, arguments.threads))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(arguments.rounds + 1):
+        for side, (linear, torch_threads) in enumerate(sides):
+            # Torch's threads wait actively: beside ours they would take their cores.
+            torch.set_num_threads(torch_threads)
+            linear(x, pairs[0][side])
+            begun = time.perf_counter()
+            for pair in pairs:
+                linear(x, pair[side])
+            seconds[side].append(time.perf_counter() - begun)
+    ours, theirs = (1e3 * statistics.median(turns[1:]) for turns in seconds)
+    return ours, theirs
+
+
+if __name__ == "__main__":
+    sys.exit(main())
