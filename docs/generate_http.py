@@ -48,7 +48,8 @@ open unless `--protect-health`, metrics unless `--protect-metrics`. A route that
 ## Where this differs from TGI 3.3.7
 
 * The port is open from the first moment; until the model is ready generation routes answer 503 with phase and percent.
-* A failure that is known before the first token has its own status in streams, too.
+* A failure that is known before the first token has its own status in streams, too. After 15 s without a token a stream
+  is opened with a comment, and what fails then is an event.
 * `top_p` and `typical_p` accept 1.0. `max_new_tokens` beyond the context is clamped, and the answer says so in
   `x-max-new-tokens-clamped`; on `/v1` it is an error. `best_of` accepts a `seed`, from which the others are derived.
 * `decoder_input_details` is honoured whenever it is asked for, as on TGI's CPU; `--enable-prefill-logprobs` is not

@@ -19,6 +19,16 @@ BODIES = {
 }
 
 
+STREAMS = {
+    "/": {"inputs": "a"},
+    "/generate_stream": {"inputs": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/messages": {"model": "tgi", "max_tokens": 9, "messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"input": "a", "store": False},
+}
+
+
 def everything_is_free(house: House) -> bool:
     return (
         house.context.admission.used == 0
@@ -217,6 +227,49 @@ class TestSlowReaders:
             await answer.finished()
 
         assert answer.events[-1]["generated_text"] == "ab"
+
+    @pytest.mark.parametrize("path", list(STREAMS))
+    async def test_a_stream_that_waits_long_for_its_first_token_opens_with_a_comment(self, path: str):
+        """Silence of a minute is what proxies take for death; TGI opens every stream at once."""
+        steps = asyncio.Semaphore(0)
+        house = build_house(say("ab"), steps=steps)
+        async with house.exchange("POST", path, STREAMS[path] | {"stream": True}) as answer:
+            await self.wait_in_queue(house, answer, seconds=14)
+            assert answer.status == 0
+            await self.wait_in_queue(house, answer, seconds=2)
+            await answer.until(lambda so_far: len(so_far.parts) == 1)
+            assert (answer.status, answer.parts[0]) == (200, b":\n\n")
+            for _ in range(3):
+                steps.release()
+            await answer.finished()
+
+        quick = await build_house(say("ab")).post(path, STREAMS[path] | {"stream": True})
+        assert answer.body.count(b"data: ") == quick.body.count(b"data: ")
+        assert house.context.metrics.gauge("weft_streams_open").value() == 0
+
+    @pytest.mark.parametrize("path", list(STREAMS))
+    async def test_a_failure_behind_that_comment_is_an_event(self, path: str):
+        steps = asyncio.Semaphore(0)
+        house = build_house(say("ab", fail_after=0), steps=steps)
+        async with house.exchange("POST", path, STREAMS[path] | {"stream": True}) as answer:
+            await self.wait_in_queue(house, answer, seconds=16)
+            await answer.until(lambda so_far: len(so_far.parts) == 1)
+            steps.release()
+            await answer.finished()
+
+        assert answer.status == 200
+        assert b"scripted" in answer.body
+        assert house.context.admission.used == 0
+
+    @staticmethod
+    async def wait_in_queue(house: House, answer: Answer, *, seconds: int) -> None:
+        """Let the watch look before and behind a time in which nothing happens."""
+        await until(lambda: bool(house.backend.requests))
+        await settle()
+        house.context.streams.look()
+        house.clock.ns += seconds * 1_000_000_000
+        house.context.streams.look()
+        await settle()
 
     def test_events_that_nobody_reads_are_bounded(self):
         entry = OpenRequest(request=None)

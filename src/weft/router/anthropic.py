@@ -151,12 +151,16 @@ async def _stream(context: RouterContext, exchange: Exchange, job: _Job) -> None
         return anthropic_end_frames(error, exchange.request_id)
 
     stream = EventStream(exchange, context.streams, end_frames)
+    headers = compute_headers(context, job.conversation.num_prompt_chars)
+    has_begun = False
     with stream, Generation(context, exchange, job.conversation.requests, [job.sequence]) as generation:
+        stream.announce(headers)
         async with aclosing(generation.progress()) as progress:
             async for _, batch in progress:
                 frames = b""
-                if not exchange.is_answering:
-                    await stream.open(compute_headers(context, job.conversation.num_prompt_chars))
+                if not has_begun:
+                    has_begun = True
+                    await stream.open(headers)
                     begin = named_frame("message_start", MessageStart(message=job.answer(exchange, None)))
                     frames = begin + _BLOCK_START + _OPENING_PING
                 if text := _push(job.sequence, batch):

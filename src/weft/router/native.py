@@ -364,9 +364,10 @@ async def _stream(
     writer = _FrameWriter(sequences[0], prepared, model)
     stream = EventStream(exchange, context.streams, native_end_frames)
     with stream, Generation(context, exchange, prepared.requests, sequences) as generation:
+        stream.announce(prepared.headers)
         async with aclosing(generation.progress()) as progress:
             async for _, batch in progress:
-                if not exchange.is_answering:
+                if not stream.is_open:
                     await stream.open(prepared.headers)
                 await stream.write(writer.frames(batch))
         await stream.close()

@@ -214,9 +214,10 @@ async def _run(
 async def _stream(context: RouterContext, exchange: Exchange, job: _Job) -> None:
     stream = EventStream(exchange, context.streams, openai_end_frames)
     with stream, Generation(context, exchange, job.requests, job.sequences) as generation:
+        stream.announce(job.headers)
         async with aclosing(generation.progress()) as progress:
             async for sequence, batch in progress:
-                if not exchange.is_answering:
+                if not stream.is_open:
                     await stream.open(job.headers)
                 frames = job.choices[sequence.index].frames(batch)
                 if frames:

@@ -166,9 +166,10 @@ async def stream(context: RouterContext, exchange: Exchange, run: ResponseRun) -
     with events, run.findable():
         try:
             with run.generation(exchange) as generation:
+                events.announce(())
                 async with aclosing(run.advance(generation)) as progress:
                     async for _ in progress:
-                        if not exchange.is_answering:
+                        if not events.is_open:
                             await events.open()
                         await events.write(run.new_frames())
             await run.complete(exchange)

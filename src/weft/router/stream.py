@@ -45,7 +45,11 @@ def named_frame(name: str, value: object) -> bytes:
 
 
 class EventStream:
-    """One open stream. `open` it when the first event exists, so that earlier failures have a status of their own."""
+    """One stream. `open` it when the first event exists, so that earlier failures have a status of their own.
+
+    A stream that was announced and has nothing to say for as long as silence is allowed is opened by the watch, with a
+    comment: what stands between server and client would take the connection for dead.
+    """
 
     def __init__(self, exchange: Exchange, watch: "StreamWatch", end_frames: Callable[[RequestError], bytes]) -> None:
         """`end_frames` says a failure in the dialect of the route."""
@@ -60,21 +64,36 @@ class EventStream:
         """When the watch last saw a write begin or end; the writer itself reads no clock."""
         self.seen = (0, False)
         """`num_writes` and `is_writing` at that time."""
+        self.is_open = False
+        """The status line is out; from here on a failure is an event."""
         self._is_stalled = False
+        self._is_over = False
+        self._headers: Iterable[tuple[bytes, bytes]] = ()
+        self._opening = asyncio.Lock()
 
     def __enter__(self) -> Self:
-        """Nothing happens before `open`."""
+        """Nothing happens before `announce` or `open`."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """However the block is left, the watch forgets the stream."""
+        self._is_over = True
         self._watch.remove(self)
 
-    async def open(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        """Send the status line; from here on a failure is an event."""
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *headers]})
-        self._exchange.end_stream = self.fail
+    def announce(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Let the watch open the stream when the first event takes long."""
+        self._headers = headers
         self._watch.add(self)
+
+    async def open(self, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send the status line, unless the watch has done so."""
+        async with self._opening:
+            if self.is_open or self._is_over:
+                return
+            self._exchange.end_stream = self.fail
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *headers]})
+            self.is_open = True
+            self._watch.add(self)
 
     async def write(self, frames: bytes) -> None:
         """Send frames. Raises ClientGoneError when the reader has taken nothing for too long."""
@@ -102,7 +121,7 @@ class EventStream:
     async def fail(self, error: RequestError) -> None:
         """End the stream by saying why, unless its reader does not even take that."""
         try:
-            async with asyncio.timeout(LIMITS.stream_stall_timeout_s):
+            async with asyncio.timeout(LIMITS.stream_stall_timeout_s), self._opening:
                 await self.close(self._end_frames(error))
         except (TimeoutError, ClientGoneError):
             self._exchange.abort_connection()
@@ -115,7 +134,9 @@ class EventStream:
 
     async def keep_alive(self) -> None:
         """Called by the watch: a comment, so that proxies do not close a silent connection."""
-        await self._send({"type": "http.response.body", "body": _COMMENT_FRAME, "more_body": True})
+        await self.open(self._headers)
+        if not self._is_over:
+            await self._send({"type": "http.response.body", "body": _COMMENT_FRAME, "more_body": True})
 
 
 class StreamWatch:
@@ -130,17 +151,20 @@ class StreamWatch:
         self._num_stalled = metrics.counter("weft_stream_stalled")
 
     def add(self, stream: EventStream) -> None:
-        """Begin to look at a stream."""
+        """Begin to look at a stream, or look at it as an open one."""
         stream.changed_ns = self.clock.now_ns()
         self._streams.add(stream)
-        self._num_open.set(len(self._streams))
+        self._count()
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="stream-watch")
 
     def remove(self, stream: EventStream) -> None:
         """A stream has ended."""
         self._streams.discard(stream)
-        self._num_open.set(len(self._streams))
+        self._count()
+
+    def _count(self) -> None:
+        self._num_open.set(sum(stream.is_open for stream in self._streams))
 
     def look(self) -> None:
         """Look at every stream once."""
