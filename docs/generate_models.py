@@ -43,6 +43,12 @@ by token, in batches, with shared blocks, and on two and four ranks (`tests/nume
 Quantized GGUF blocks are decoded while loading, into the dtype that the model computes in. A `quantization_config`
 in `config.json` is refused. Files are mapped, and a rank reads only the rows and columns it owns.
 
+## Vectors
+
+A checkpoint of these families with sentence-transformers' `modules.json` (Transformer, Pooling, Normalize or not), or a
+GGUF file with `pooling_type`, turns texts into vectors; its class may be without output layer (`LlamaModel`), its
+tensors without the leading `model.`. More: [embeddings.md](../how-to/embeddings.md).
+
 ## Rotary scaling
 
 `default`, `linear`, `llama3`, `yarn`, `longrope` (also spelled `su`) and `dynamic` are read, in the spelling of

@@ -44,7 +44,7 @@ def test_vectors_over_http_are_those_of_transformers(tmp_path: Path, mode: Pooli
         assert "/v1/embeddings" in server.output
         with pytest.raises(openai.BadRequestError, match="turns texts into vectors"):
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}])
-        with pytest.raises(openai.BadRequestError, match="at most 256 tokens. Given: 257"):
+        with pytest.raises(openai.BadRequestError, match="at most 256 tokens"):
             client.embeddings.create(model="tiny", input=[list(range(2, 202)) + [3] * 57])
         metrics = server.metrics()
 

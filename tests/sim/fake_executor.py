@@ -9,7 +9,7 @@ overwritten or skipped wrongly is therefore either noticed at once or changes th
 from dataclasses import dataclass, field
 
 from weft.core.plan import SequenceStart, StepPlan, StepResult, TopTokens
-from weft.core.request import Request, RequestId, Slot
+from weft.core.request import Pooling, Request, RequestId, Slot
 
 NAN = -1
 """A key-value entry that is not a number."""
@@ -52,6 +52,11 @@ def top_tokens(entry: int, count: int) -> TopTokens:
     return TopTokens(tuple((entry + i) % VOCAB_SIZE for i in range(count)), tuple(-float(i) for i in range(count)))
 
 
+def vector_of(entry: int) -> bytes:
+    """The vector of a prompt whose history ends with `entry`."""
+    return entry.to_bytes(8, "little")
+
+
 @dataclass(slots=True)
 class _SlotTable:
     start: SequenceStart
@@ -60,6 +65,8 @@ class _SlotTable:
     entries: list[int] = field(default_factory=list)
     """Right entries of the tokens so far, extended when asked."""
     block_ids: list[int] = field(default_factory=list)
+    first_computed: int | None = None
+    """The first position that a row computed since the start."""
     is_lost: bool = False
     """A step that raised left it undefined: whatever a row of it yields until the next start means nothing."""
 
@@ -130,6 +137,8 @@ class FakeExecutor:
         first, num = plan.first_positions[row], plan.num_tokens[row]
         end = first + num
         self.num_tokens_computed += num
+        if table.first_computed is None:
+            table.first_computed = first
         if table.is_lost:
             self._write(table, first, [NAN] * num)
             return 0, 0.0
@@ -153,11 +162,20 @@ class FakeExecutor:
         if not plan.samples[row]:
             return 0, 0.0
         entry = table.entry(end - 1)
+        if start.pooling is not None:
+            result.embeddings[row] = self._vector(table, entry)
+            table.token_ids.append(0)
+            return 0, 0.0
         token = choose_token(entry, end - start.num_prompt_tokens, start)
         if start.sampling.top_n_tokens:
             result.top_tokens[row] = top_tokens(entry, start.sampling.top_n_tokens)
         table.token_ids.append(token[0])
         return token
+
+    def _vector(self, table: _SlotTable, entry: int) -> bytes:
+        if table.start.pooling is not Pooling.LAST and table.first_computed != 0:
+            raise WrongRead(f"a {table.start.pooling} over a prompt begins at position {table.first_computed}")
+        return vector_of(entry)
 
     def _reads_nan(self, table: _SlotTable, num_positions: int) -> bool:
         """Attend to everything before; complain unless it is the sequence's own history."""

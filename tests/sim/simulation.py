@@ -19,11 +19,12 @@ from tests.sim.fake_executor import (
     mix,
     prompt_logprob,
     top_tokens,
+    vector_of,
 )
 
-from weft.core.events import Event, FailureEvent, TokenEvent
+from weft.core.events import EmbeddingEvent, Event, FailureEvent, TokenEvent
 from weft.core.plan import StepPlan, StepResult, TopTokens
-from weft.core.request import FinishReason, Request, RequestId, SamplingParams, StopConditions
+from weft.core.request import FinishReason, Pooling, Request, RequestId, SamplingParams, StopConditions
 from weft.errors import ContextLengthError, OverloadedError
 from weft.scheduler import invariants
 from weft.scheduler.config import SchedulerConfig
@@ -276,6 +277,15 @@ class Simulation:
         max_new = random.randint(1, min(random.choice((4, 30, 90, 90)), config.max_total_tokens - num_prompt))
         request_id = RequestId(self._num_sent)
         self._num_sent += 1
+        pooling = random.choice((None, *Pooling)) if random.random() < 0.3 else None
+        if pooling is not None:
+            return Request(
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                sampling=SamplingParams(),
+                stop=StopConditions(max_new_tokens=1),
+                pooling=pooling,
+            )
         return Request(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -325,6 +335,11 @@ class Simulation:
                 del self._clients[event.request_id]
                 self.report.num_failed += 1
                 continue
+            if isinstance(event, EmbeddingEvent):
+                check_vector(client.request, event)
+                del self._clients[event.request_id]
+                self.report.num_finished += 1
+                continue
             client.tokens.append(event)
             if event.finish_reason is not None:
                 check_answer(client.request, client.tokens, is_resumed=client.is_resumed)
@@ -370,6 +385,15 @@ class Simulation:
         self.report.num_preemptions += stats.num_preemptions
         self.report.num_hit_tokens += stats.prefix_hit_tokens
         self.report.num_tokens_computed += self.executor.num_tokens_computed
+
+
+def check_vector(request: Request, event: EmbeddingEvent) -> None:
+    """Compare with the vector that the request would get alone."""
+    entry = 0
+    for token_id in request.prompt_token_ids:
+        entry = mix(entry, token_id)
+    if request.pooling is None or event.values != vector_of(entry):
+        raise SimulationFailed(f"the vector of request {request.request_id} is not its own")
 
 
 def check_answer(request: Request, events: list[TokenEvent], *, is_resumed: bool) -> None:

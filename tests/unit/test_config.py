@@ -185,6 +185,8 @@ def test_a_flag_beats_the_environment_which_beats_the_file(tmp_path: Path) -> No
         (["--usage-stats", "on"], "usage_stats", "on"),
         (["--log-level", "info,tower=debug"], "log_level", "info"),
         (["--log-level", "WARNING"], "log_level", "warn"),
+        (["--runner", "pooling"], "task", "embed"),
+        (["--task", "embed"], "task", "embed"),
         (["-g", "5"], "graceful_termination_timeout", 5.0),
     ],
 )  # fmt: skip

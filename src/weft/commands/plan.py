@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,9 @@ MODEL and every other flag are those of `weft serve`: --dtype, --max-total-token
 Only headers are read: config.json and the heads of safetensors or GGUF files; of a hub model, its configuration and
 the sizes that the hub tells. Exit code 0: it fits; 4: it does not.
 """
+
+
+_EMBEDDING_FILE = re.compile(r"modules\.json|sentence_bert_config\.json|[0-9]+_Pooling/config\.json")
 
 
 def plan(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -135,15 +139,20 @@ def _describe_from_hub(repository: str, settings: Settings) -> ModelDescription:
     failures: tuple[type[Exception], ...] = (OSError, RuntimeError, HfHubHTTPError.__bases__[0])
     try:
         api = HfApi(endpoint=settings.hub_endpoint, token=settings.hub_token)
-        facts = api.model_info(repository, revision=revision, expand=["safetensors"], timeout=20)
-        config = hf_hub_download(
-            repository,
-            "config.json",
-            revision=settings.revision,
-            cache_dir=settings.huggingface_hub_cache,
-            endpoint=settings.hub_endpoint,
-            token=settings.hub_token,
-        )
+        facts = api.model_info(repository, revision=revision, expand=["safetensors", "siblings"], timeout=20)
+        present = [sibling.rfilename for sibling in facts.siblings or ()]
+        # What says that a model embeds, and how, stands beside its configuration.
+        config, *_ = [
+            hf_hub_download(
+                repository,
+                name,
+                revision=settings.revision,
+                cache_dir=settings.huggingface_hub_cache,
+                endpoint=settings.hub_endpoint,
+                token=settings.hub_token,
+            )
+            for name in ("config.json", *filter(_EMBEDDING_FILE.fullmatch, present))
+        ]
     except failures as error:
         raise ModelNotFoundError(
             f"weft plan: the hub tells nothing about {repository!r} ({type(error).__name__}): check the name, the "

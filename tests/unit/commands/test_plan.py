@@ -140,6 +140,26 @@ def test_a_hub_model_is_planned_from_its_configuration_alone(
     assert hub.sent["model.safetensors"] == 0
 
 
+def test_an_embedding_model_of_the_hub_is_planned_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    files = {
+        "config.json": {**LARGER, "architectures": ["LlamaModel"]},
+        "modules.json": modules,
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": {"max_seq_length": 512},
+    }
+    hub = LookalikeHub({name: json.dumps(content).encode() for name, content in files.items()})
+    environ = {"HOME": str(tmp_path), "WEFT_HUB_ENDPOINT": hub.url, "WEFT_HUGGINGFACE_HUB_CACHE": str(tmp_path / "hub")}
+    try:
+        assert plan(["organisation/model", "--memory", "8GiB"], environ) == 0
+    finally:
+        hub.close()
+
+    shown = capsys.readouterr().out
+    assert "embeddings, mean pooling" in shown
+    assert "512 tokens per request" in shown
+
+
 @pytest.mark.parametrize("reference", ["organisation/model", "organisation/model/file.gguf"])
 def test_offline_a_model_that_is_not_cached_is_not_found(tmp_path: Path, reference: str) -> None:
     with pytest.raises(ModelNotFoundError):
