@@ -128,3 +128,29 @@ def test_nothing_is_speculated():
     shown = registry.exposition().splitlines()
     assert "tgi_request_skipped_tokens_count 3" in shown
     assert "tgi_request_skipped_tokens_sum 0" in shown
+
+
+ASKED_BY_TGIS_BOARD = (
+    'tgi_batch_inference_duration_count{method="prefill"}', 'tgi_batch_inference_duration_count{method="decode"}',
+    'tgi_batch_forward_duration_count{method="prefill"}', 'tgi_batch_forward_duration_count{method="decode"}',
+    'tgi_batch_decode_duration_count{method="prefill"}', 'tgi_batch_decode_duration_count{method="decode"}',
+    'tgi_batch_filter_duration_count{method="prefill"}', 'tgi_batch_filter_duration_count{method="decode"}',
+    'tgi_batch_concat_duration_count{method="decode"}', 'tgi_batch_concat{reason="chunking"}',
+    'tgi_batch_inference_count{method="prefill"}', 'tgi_batch_inference_count{method="decode"}',
+    "tgi_batch_current_max_tokens", "tgi_batch_max_total_tokens", "tgi_batch_next_size_count", "tgi_queue_size",
+    "tgi_request_skipped_tokens_count",
+)  # fmt: skip
+
+
+def test_tgis_board_finds_samples_under_every_label_it_asks_for():
+    registry = Registry()
+    metrics = EngineMetrics(registry)
+
+    for step in (stats(step_prefill_rows=2, step_starts=1), stats(num_steps=2)):
+        metrics.note_step(step)
+        metrics.note_delivery(1_000)
+
+    samples = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in registry.exposition().splitlines()
+               if not line.startswith("#")}  # fmt: skip
+    assert set(ASKED_BY_TGIS_BOARD) <= set(samples)
+    assert all(samples[name] > 0 for name in ASKED_BY_TGIS_BOARD if "_count" in name)
