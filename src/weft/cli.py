@@ -4,7 +4,9 @@
 torch, transformers or gRPC.
 """
 
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +118,11 @@ def _print_version() -> int:
 
 def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Turn expected failures into a message and an exit code; anything else is a bug and shows its trace."""
+    # What a user typed need not be in the terminal's encoding, nor even be text.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(argv)
+        return _flushed(command(argv))
     except StartupError as error:
         sys.stderr.write(f"Error: {error.message}\n")
         return error.exit_code
@@ -125,5 +130,21 @@ def _guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> in
         return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_output()
+        sys.stderr.write("Error: there is no room left where the output goes, or in the temporary directory.\n")
+        return 1
+
+
+def _flushed(status: int) -> int:
+    """`status`, once the output is where it belongs: later nobody could say that it is not."""
+    sys.stdout.flush()
+    return status
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

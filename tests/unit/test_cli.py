@@ -1,6 +1,7 @@
 """Commands, their names in TGI, and how failures end."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,25 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     )  # fmt: skip
 
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "errors"),
+    [
+        ("config show > /dev/full", {}, "Error: there is no room left where the output goes"),
+        ("serve --help-all", {"PYTHONIOENCODING": "ascii"}, ""),
+        ("config show $(printf '\\377')", {"PYTHONIOENCODING": "utf-8"}, ""),
+    ],
+)
+def test_output_that_cannot_be_written_as_it_is_needs_no_trace(
+    words: str, environ: dict[str, str], errors: str
+) -> None:
+    program = Path(sys.executable).parent / "weft"
+
+    done = subprocess.run(
+        f"{program} {words}", shell=True, capture_output=True, text=True, check=False, executable="/bin/sh",
+        env={**os.environ, **environ},
+    )  # fmt: skip
+
+    assert done.stderr.startswith(errors) if errors else not done.stderr
+    assert done.returncode == (1 if errors else 0)

@@ -5,7 +5,8 @@ with a SentencePiece model, which is converted once. All of these files are host
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from weft.errors import ModelNotFoundError
+from weft.errors import ModelNotFoundError, UsageError
 from weft.limits import LIMITS
 from weft.text.chat import DEFAULT_TEMPLATE, ChatTemplate
 from weft.text.gguf_tokenizer import cached_tokenizer_directory
@@ -72,12 +73,14 @@ def load_text_assets(
     tokenizer_config_path  read instead of the model's `tokenizer_config.json`; its chat template wins over all others
     num_threads            threads that encode text
 
-    Raises   ModelNotFoundError: a file is missing or unreadable · StartupError: a kind of tokenizer not supported
+    Raises   ModelNotFoundError: a file is missing or unreadable · StartupError: a kind of tokenizer not supported ·
+             UsageError: the cache cannot be written, and something must be converted
     """
-    directory = model_path if model_path.is_dir() else cached_tokenizer_directory(model_path, cache_dir)
-    tokenizer_directory = directory
-    if not (directory / "tokenizer.json").is_file():
-        tokenizer_directory = converted_tokenizer_directory(directory, cache_dir)
+    with _cache_faults_explained(cache_dir):
+        directory = model_path if model_path.is_dir() else cached_tokenizer_directory(model_path, cache_dir)
+        tokenizer_directory = directory
+        if not (directory / "tokenizer.json").is_file():
+            tokenizer_directory = converted_tokenizer_directory(directory, cache_dir)
     own_config = _read_json(directory / "tokenizer_config.json")
     config = own_config if tokenizer_config_path is None else _read_required_json(tokenizer_config_path)
     special_tokens = _special_tokens(config, directory)
@@ -96,6 +99,17 @@ def load_text_assets(
         appended_token_id=_appended_token_id(config, tokenizer, special_tokens.get("eos_token")),
         model_max_length=_model_max_length(config),
     )
+
+
+@contextmanager
+def _cache_faults_explained(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"--cache-dir: {str(cache_dir)!r} must be a directory that can be written: converted tokenizers are kept "
+            f"there ({error.strerror}). Choose another."
+        ) from error
 
 
 def _special_tokens(config: Json, directory: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.unit.text.vocabularies import byte_level_tokenizer, write_byte_level_gguf
 
-from weft.errors import ModelNotFoundError, StartupError
+from weft.errors import ModelNotFoundError, StartupError, UsageError
 from weft.limits import LIMITS
 from weft.text.assets import TextAssets, load_text_assets
 
@@ -205,6 +205,15 @@ def test_a_missing_settings_path_is_named_by_its_flag(model: Path, tmp_path: Pat
 def test_a_directory_without_any_tokenizer_says_what_to_add(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_text_assets(tmp_path, tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_named_by_its_flag_where_it_is_needed(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    write_byte_level_gguf(tmp_path / "model.gguf")
+
+    with pytest.raises(UsageError, match=r"--cache-dir: .* must be a directory that can be written"):
+        load_text_assets(tmp_path / "model.gguf", tmp_path / "cache")
+    assert load(model).tokenizer, "a fast tokenizer needs no cache"
 
 
 @pytest.mark.slow
