@@ -145,6 +145,7 @@ ACCEPTED = [
     # TGI refuses a seed with best_of, because its sequences would be alike; here seeds are derived from it.
     Row("seed with best_of", {"best_of": 2, "do_sample": True, "seed": 1}, paths=NO_STREAM),
     Row("a small temperature", {"temperature": 1e-6}),
+    Row("repetition_penalty below 1", {"repetition_penalty": 0.5}),
     Row("frequency_penalty at its ends", {"frequency_penalty": -2.0}),
     Row("frequency_penalty at its other end", {"frequency_penalty": 2}),
     Row("top_k 1", {"top_k": 1}),
@@ -289,6 +290,14 @@ async def test_a_body_that_cannot_be_read(path: str, body: bytes, headers: dict[
     assert answer.status == status
     assert says in answer.json["error"]
     assert answer.json["error_type"] == "validation"
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-length": "20"}])
+async def test_a_body_may_have_exactly_as_many_bytes_as_the_limit(headers: dict[str, str]):
+    body = b'{"inputs":"a"}'.ljust(20)
+
+    assert (await build_house(settings={"payload_limit": 20}).post(WHOLE, body, headers)).status == 200
+    assert (await build_house(settings={"payload_limit": 19}).post(WHOLE, body, headers)).status == 413
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "application/json; charset=utf-8", "application/x+json"])

@@ -1,7 +1,7 @@
 """User input → `core.Request`, or one clear error that names the field.
 
 Parameters are checked before the prompt is tokenized (cheap first), lengths afterwards. The native half keeps TGI's
-order of checks and its texts to the letter; the `/v1` half follows OpenAI's ranges.
+order of checks and its sentences, behind which stand the value and a way out; the `/v1` half follows OpenAI's ranges.
 Source: TGI 3.3.7 `router/src/validation.rs`, as facts; OpenAI API reference
 """
 
