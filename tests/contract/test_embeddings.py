@@ -2,14 +2,14 @@
 
 import asyncio
 import base64
-import json
 import math
 import struct
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
-from tests.contract.house import BOS, EOS, MODEL_ID, House, build_house, ids_of, say
+from tests.contract.house import BOS, EOS, MODEL_ID, House, build_house, ids_of
 from tests.contract.live import serve
 
 from weft.core.request import Pooling
@@ -225,6 +225,7 @@ async def test_it_counts_as_one_request_without_tokens_between() -> None:
     assert "tgi_request_success 1" in text
     assert "tgi_request_input_length_sum 5" in text
     assert "tgi_request_generated_tokens_count 0" in text
+    assert "tgi_request_max_new_tokens_count 0" in text
     assert "tgi_request_mean_time_per_token_duration_count 0" in text
 
 
@@ -345,9 +346,19 @@ def test_the_official_client_reads_the_vectors() -> None:
     assert math.isclose(sum(number**2 for number in answer.data[0].embedding), 1, rel_tol=1e-6)
 
 
-async def test_the_document_describes_both_routes() -> None:
-    document = json.loads((await build_house(say("a")).get("/openapi.json")).body)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": ["a", "b"]}),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "base64"}),
+        ("/embed", {"inputs": ["a", "b"]}),
+    ],
+)
+async def test_answers_are_as_the_document_describes_them(path: str, body: dict[str, Any]) -> None:
+    house = embedding_house()
+    document = (await house.get("/openapi.json")).json
 
-    for path in ("/v1/embeddings", "/embed"):
-        operation = document["paths"][path]["post"]
-        assert operation["responses"]["200"]["content"]["application/json"]["schema"]
+    answer = await house.post(path, body)
+
+    described = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    jsonschema.validate(answer.json, described | {"components": document["components"]})

@@ -9,6 +9,7 @@ from tests.contract.house import House, build_house, say
 from tests.otlp_collector import Collector, attributes_of, collecting
 
 from weft.config import Settings
+from weft.router.backend import Script
 from weft.telemetry.tracing import open_tracing
 
 TRACE, PARENT_SPAN = "ab" * 16, "cd" * 8
@@ -61,6 +62,17 @@ async def test_a_request_is_a_span_with_its_parts(collector: Collector):
     }.items()  # fmt: skip
     assert attributes["gen_ai.response.finish_reasons"] == ["eos_token"]
     assert "secret" not in str(collector.spans)
+
+
+async def test_a_request_for_vectors_has_a_span_without_sampling(collector: Collector):
+    info = {"pooling": "last", "embedding_size": 2, "normalizes": True}
+    house = traced(collector, build_house(lambda _: Script(token_ids=(), vector=(3.0, 4.0)), info=info))
+
+    await house.post("/v1/embeddings", {"input": ["ab", "c"]}, {"traceparent": TRACEPARENT})
+
+    attributes = attributes_of(received(collector, house)["POST /v1/embeddings"])
+    assert (attributes["gen_ai.operation.name"], attributes["gen_ai.usage.input_tokens"]) == ("embeddings", 5)
+    assert not {"gen_ai.request.max_tokens", "gen_ai.request.frequency_penalty"} & set(attributes)
 
 
 async def test_the_engine_is_told_the_span_it_works_for(collector: Collector):

@@ -484,7 +484,8 @@ class GenerationAccounts:
         timings = exchange.timings
         if timings.queued_ns:
             self._input_length.observe(exchange.num_prompt_tokens)
-            self._max_new_tokens.observe(exchange.max_new_tokens)
+            if not exchange.counts_vectors:
+                self._max_new_tokens.observe(exchange.max_new_tokens)
             self._prompt_tokens.add(exchange.num_prompt_tokens)
             self._cached_tokens.add(exchange.num_cached_tokens)
             self._completion_tokens.add(exchange.num_completion_tokens)
