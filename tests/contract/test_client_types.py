@@ -5,16 +5,34 @@ The clients themselves read anything (they build without validating); here their
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import anthropic.types
+import msgspec
 import openai.types
 import openai.types.chat
 import openai.types.responses
 import pydantic
 import pytest
+from anthropic.types.message_count_tokens_params import MessageCountTokensParams
+from anthropic.types.message_create_params import MessageCreateParamsBase
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
+from openai.types.responses.input_item_list_params import InputItemListParams
+from openai.types.responses.input_token_count_params import InputTokenCountParams
 from openai.types.responses.input_token_count_response import InputTokenCountResponse
+from openai.types.responses.response_retrieve_params import ResponseRetrieveParamsBase
 from tests.contract.house import Answer, House, build_house, say
+
+from weft.router.schemas_anthropic import CountTokensRequest, MessagesRequest
+from weft.router.schemas_openai import ChatRequest, CompletionRequest, Message, PromptCacheOptions, StreamOptions
+from weft.router.schemas_responses import (
+    InputItemsQuery,
+    InputTokensRequest,
+    ResponseQuery,
+    ResponsesRequest,
+)
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
 TALK = [{"role": "user", "content": "Hi"}]
@@ -23,6 +41,35 @@ USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 TEXT_LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
 MESSAGE = {"model": "tgi", "max_tokens": 20, "messages": TALK}
 TO_ANTHROPIC = {"anthropic-version": "2023-06-01"}
+
+
+IN_HEADERS = {"user_profile_id", "workspace_id"}
+"""Parameters of Anthropic's client that travel as headers."""
+
+
+@pytest.mark.parametrize(
+    ("documented", "body"),
+    [
+        (chat_params.CompletionCreateParamsBase, ChatRequest),
+        (completion_params.CompletionCreateParamsBase, CompletionRequest),
+        (response_params.ResponseCreateParamsBase, ResponsesRequest),
+        (response_params.PromptCacheOptions, PromptCacheOptions),
+        (InputTokenCountParams, InputTokensRequest),
+        (ResponseRetrieveParamsBase, ResponseQuery),
+        (InputItemListParams, InputItemsQuery),
+        (openai.types.chat.ChatCompletionAssistantMessageParam, Message),
+        (openai.types.chat.ChatCompletionToolMessageParam, Message),
+        (openai.types.chat.ChatCompletionUserMessageParam, Message),
+        (openai.types.chat.ChatCompletionStreamOptionsParam, StreamOptions),
+        (MessageCreateParamsBase, MessagesRequest),
+        (MessageCountTokensParams, CountTokensRequest),
+    ],
+)
+def test_every_documented_parameter_is_known(documented: type, body: type[msgspec.Struct]):
+    """Known means implemented, accepted for a reason, or refused by name; what is not known would be ignored."""
+    names = set(get_type_hints(documented)) - IN_HEADERS
+
+    assert names - set(body.__struct_encode_fields__) == set()
 
 
 def validate(kind: Any, value: object) -> None:

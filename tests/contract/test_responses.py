@@ -612,7 +612,8 @@ class TestRefusals:
         [
             ("tools", [{"type": "function", "name": "f"}]), ("tool_choice", "required"),
             ("conversation", "conv_1"), ("prompt", {"id": "p"}), ("truncation", "auto"), ("moderation", {"model": "m"}),
-            ("context_management", [{"type": "compaction"}]),
+            ("context_management", [{"type": "compaction"}]), ("image", {"detail": "low"}), ("access_programs", {}),
+            ("prompt_cache_options", {"prewarm": True}), ("prompt_cache_options", {"comparison_response_id": "r"}),
         ],
     )  # fmt: skip
     async def test_what_is_not_there_yet_is_refused_by_name(self, field: str, value: object):
@@ -620,7 +621,7 @@ class TestRefusals:
 
         assert answer.status == 400
         assert (answer.json["error"]["param"], answer.json["error"]["code"]) == (field, "unsupported_parameter")
-        assert f"`{field}`" in answer.json["error"]["message"]
+        assert f"`{field}" in answer.json["error"]["message"]
 
     @pytest.mark.parametrize(
         ("fields", "param"),

@@ -19,13 +19,13 @@ import msgspec
 
 from weft.errors import NotSupportedError, ValidationError
 from weft.router.json_values import is_given
-from weft.router.schemas_openai import ChatRequest, SamplingFields
+from weft.router.schemas_openai import ChatRequest, PromptCacheOptions, SamplingFields
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
-CACHE_RETENTIONS = ("in_memory", "24h")
-CACHE_MODES = ("implicit", "explicit")
+_CACHE_RETENTIONS = ("in_memory", "24h")
+_CACHE_MODES = ("implicit", "explicit")
 ONLY_TIER = "default"
 
 _MAX_METADATA_ENTRIES = 16
@@ -57,9 +57,7 @@ def check_chat_fields(body: ChatRequest) -> None:
     check_choice("service_tier", body.service_tier, SERVICE_TIERS)
     check_choice("reasoning_effort", body.reasoning_effort, REASONING_EFFORTS)
     check_choice("verbosity", body.verbosity, VERBOSITIES)
-    check_choice("prompt_cache_retention", body.prompt_cache_retention, CACHE_RETENTIONS)
-    if body.prompt_cache_options is not None:
-        check_choice("prompt_cache_options.mode", body.prompt_cache_options.mode, CACHE_MODES)
+    check_cache_hints(body.prompt_cache_retention, body.prompt_cache_options)
     if body.prediction is not None:
         check_choice("prediction.type", body.prediction.type, ("content",))
     check_metadata(body.metadata or {})
@@ -81,6 +79,19 @@ def check_choice(field: str, value: str | None, choices: tuple[str, ...]) -> Non
     """Raises ValidationError that names what may be chosen."""
     if value is not None and value not in choices:
         raise ValidationError(f"`{field}` must be one of {', '.join(choices)}. Given: {value[:64]!r}", field=field)
+
+
+def check_cache_hints(retention: str | None, options: PromptCacheOptions | None) -> None:
+    """Raises ValidationError, NotSupportedError for what is more than a hint."""
+    check_choice("prompt_cache_retention", retention, _CACHE_RETENTIONS)
+    if options is None:
+        return
+    check_choice("prompt_cache_options.mode", options.mode, _CACHE_MODES)
+    for name in ("prewarm", "comparison_response_id"):
+        if getattr(options, name):
+            raise NotSupportedError(
+                f"`prompt_cache_options.{name}` is not supported; leave it out", field="prompt_cache_options"
+            )
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:

@@ -22,11 +22,10 @@ from weft.router.generation import timing_headers
 from weft.router.json_values import is_given
 from weft.router.model_names import answer_head
 from weft.router.openai_fields import (
-    CACHE_MODES,
-    CACHE_RETENTIONS,
     REASONING_EFFORTS,
     SERVICE_TIERS,
     VERBOSITIES,
+    check_cache_hints,
     check_choice,
     check_metadata,
     is_idle_choice,
@@ -127,6 +126,8 @@ async def count_input_tokens(context: RouterContext, exchange: Exchange) -> None
     body = decode(exchange.body, InputTokensRequest)
     answer_head("", body.model, context, context.require_model())
     _check_prompt_fields(body, context)
+    if body.personality is not None:
+        raise NotSupportedError("`personality` is not supported; say it in `instructions`", field="personality")
     tenant = origin_of(context, exchange).tenant
     given = normalized(body.input, await _referenced(context, body.input, tenant))
     items = [*await _earlier_items(context, body.previous_response_id, tenant), *given]
@@ -343,8 +344,9 @@ def _check(body: ResponsesRequest, context: RouterContext) -> None:
     _check_prompt_fields(body, context)
     if is_given(body.prompt):
         raise NotSupportedError("`prompt` is not supported; send the text in `input`", field="prompt")
-    if is_given(body.moderation):
-        raise NotSupportedError("`moderation` is not supported; leave it out", field="moderation")
+    for name in ("moderation", "access_programs", "image"):
+        if is_given(getattr(body, name)):
+            raise NotSupportedError(f"`{name}` is not supported; leave it out", field=name)
     if body.context_management:
         raise NotSupportedError("`context_management` is not supported; leave it out", field="context_management")
     if body.background and body.store is False:
@@ -359,9 +361,7 @@ def _check(body: ResponsesRequest, context: RouterContext) -> None:
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         raise ValidationError(f"`max_tool_calls` must be >= 1. Given: {body.max_tool_calls}", field="max_tool_calls")
     check_choice("service_tier", body.service_tier, SERVICE_TIERS)
-    check_choice("prompt_cache_retention", body.prompt_cache_retention, CACHE_RETENTIONS)
-    if body.prompt_cache_options is not None:
-        check_choice("prompt_cache_options.mode", body.prompt_cache_options.mode, CACHE_MODES)
+    check_cache_hints(body.prompt_cache_retention, body.prompt_cache_options)
     check_metadata(body.metadata or {})
 
 

@@ -69,6 +69,8 @@ class PromptCacheOptions(Struct, kw_only=True):
 
     mode: Annotated[str | None, Meta(description="implicit or explicit")] = None
     ttl: str | None = None
+    prewarm: Annotated[bool | None, Meta(description="Only false")] = None
+    comparison_response_id: Annotated[str | None, Meta(description="Not supported")] = None
 
 
 class SamplingFields(Struct, kw_only=True):

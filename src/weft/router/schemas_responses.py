@@ -125,16 +125,21 @@ class ResponsesRequest(PromptFields, kw_only=True):
     prompt: Annotated[Anything, Meta(description="Not supported")] = ABSENT
     context_management: Annotated[list[Anything] | None, Meta(description="Not supported")] = None
     moderation: Annotated[Anything, Meta(description="Not supported")] = ABSENT
+    access_programs: Annotated[Anything, Meta(description="Not supported")] = ABSENT
+    image: Annotated[Anything, Meta(description="Not supported")] = ABSENT
 
 
 class InputTokensRequest(PromptFields, kw_only=True):
     """Body of POST /v1/responses/input_tokens."""
+
+    personality: Annotated[str | None, Meta(description="Not supported; use instructions")] = None
 
 
 class InputItemsQuery(Struct, kw_only=True):
     """Query of GET /v1/responses/{id}/input_items."""
 
     after: Annotated[str | None, Meta(description="Id of the item before the first one wanted")] = None
+    include: Annotated[str | None, Meta(description="Read; an item is shown whole")] = None
     limit: Annotated[int | None, Meta(description="1 to 100; absent = 20")] = None
     order: Annotated[str | None, Meta(description="asc or desc (default)")] = None
 
@@ -143,6 +148,8 @@ class ResponseQuery(Struct, kw_only=True):
     """Query of GET /v1/responses/{id}."""
 
     stream: Annotated[bool | None, Meta(description="Its events instead; only for background streams")] = None
+    include: Annotated[str | None, Meta(description="Read; what was included at first is there")] = None
+    include_obfuscation: Annotated[bool | None, Meta(description="Read; nothing is obfuscated")] = None
     starting_after: Annotated[int | None, Meta(description="Sequence number behind which the stream begins")] = None
 
 
