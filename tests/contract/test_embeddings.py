@@ -6,6 +6,7 @@ import math
 import struct
 from typing import Any
 
+import huggingface_hub
 import jsonschema
 import openai
 import pytest
@@ -344,6 +345,13 @@ def test_the_official_client_reads_the_vectors() -> None:
     assert [datum.embedding for datum in answer.data] == [pytest.approx(UNIT)] * 2
     assert plain.data[0].embedding == pytest.approx([0.6, 0.8])
     assert math.isclose(sum(number**2 for number in answer.data[0].embedding), 1, rel_tol=1e-6)
+
+
+def test_the_client_of_hugging_face_reads_the_vectors() -> None:
+    with serve(embedding_house) as live:
+        vectors = huggingface_hub.InferenceClient(f"{live.url}/embed").feature_extraction("a", normalize=False)
+
+    assert vectors.tolist() == [list(VECTOR)]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ class Settings:
         works=("auto",))
     task: str = _row("auto", TASK, MODEL,
         "What the model is for; auto embeds when the model's files say how to (sentence-transformers' modules.json, "
-        "GGUF's pooling_type), else generates", aliases=("--runner",), choices=("auto", "generate", "embed"))
+        "GGUF's pooling_type) or --pooling is given, else generates", aliases=("--runner",),
+        choices=("auto", "generate", "embed"))
     pooling: str = _row("auto", TEXT, MODEL,
         "How the hidden states of a text become one vector when the model embeds",
         auto="what the model's files say, else last", choices=("auto", "last", "mean", "cls"))

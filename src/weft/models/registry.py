@@ -73,7 +73,8 @@ class Use:
 
     def pooling_of(self, found: PoolingSpec | None) -> PoolingSpec | None:
         """How texts become vectors, given what the files say; None: the model is to generate text."""
-        if self.task == "generate" or (self.task == "auto" and found is None):
+        says_nothing = found is None and self.pooling == "auto"
+        if self.task == "generate" or (self.task == "auto" and says_nothing):
             return None
         spec = found or PoolingSpec(mode=Pooling.LAST)
         return spec if self.pooling == "auto" else replace(spec, mode=Pooling(self.pooling))

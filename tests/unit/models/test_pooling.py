@@ -103,7 +103,7 @@ def test_the_task_overrules_the_files(tmp_path: Path) -> None:
     assert describe(plain).pooling is None
     assert describe(plain, Use("embed")).pooling == PoolingSpec(mode=Pooling.LAST)
     assert describe(plain, Use("embed", "mean")).pooling == PoolingSpec(mode=Pooling.MEAN)
-    assert describe(plain, Use("auto", "mean")).pooling is None
+    assert describe(plain, Use("auto", "mean")).pooling == PoolingSpec(mode=Pooling.MEAN)
     assert describe(embedding, Use("auto", "cls")).pooling == PoolingSpec(mode=Pooling.CLS)
     assert describe(embedding, Use("generate")).pooling is None
 
