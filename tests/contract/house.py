@@ -73,7 +73,7 @@ class FakeChatTemplate:
 
     def __init__(self) -> None:
         self.kwargs: Mapping[str, Any] = {}
-        self.words: frozenset[str] = frozenset()
+        self.words: frozenset[str] = frozenset({"forbidden"})
         self.known_variables = frozenset({"messages", "add_generation_prompt"})
 
     def speaks_of(self, word: str) -> bool:

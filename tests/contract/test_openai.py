@@ -291,6 +291,18 @@ class TestMessages:
         assert unaware == prompt + "[assistant]"
         assert aware == "".join(f"[{role}]{text}" for role, text in messages) + "[assistant]"
 
+    async def test_a_role_is_openais_or_one_that_the_template_speaks_of(self):
+        house = build_house()
+        body = {"messages": [*MESSAGES, {"role": "ipython", "content": "4"}]}
+
+        refused = await house.post(CHAT, body)
+        house.template.words = frozenset({"ipython"})
+        accepted = await house.post(CHAT, body)
+
+        assert (refused.status, refused.json["error"]["param"]) == (400, "messages[1].role")
+        assert accepted.status == 200
+        assert text_of(house.backend.requests[0].prompt_token_ids) == "[user]Hi[ipython]4[assistant]"
+
     @pytest.mark.parametrize("role", ["user", "system", "developer", "tool"])
     async def test_only_an_assistant_may_have_said_nothing(self, role: str):
         answer = await build_house().post(CHAT, {"messages": [*MESSAGES, {"role": role, "content": None}]})

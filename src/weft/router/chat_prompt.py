@@ -8,6 +8,7 @@ from weft.router.schemas_openai import ChatRequest, ContentPart, FunctionCall, M
 from weft.router.served import ChatTemplate, ServedModel
 from weft.text.chat import JsonObject
 
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TEXT_PARTS = ("text", "input_text")
 _EFFORT = "reasoning_effort"
 
@@ -61,6 +62,12 @@ def _conversation(messages: list[Message], template: ChatTemplate) -> list[JsonO
     knows_developer = template.speaks_of("developer")
     was_renamed = False
     for index, message in enumerate(messages):
+        if message.role not in _ROLES and not template.speaks_of(message.role):
+            raise ValidationError(
+                f"`messages[{index}].role` must be one of {', '.join(_ROLES)}, or one that the model's chat "
+                f"template speaks of. Given: {message.role!r}",
+                field=f"messages[{index}].role",
+            )
         is_renamed = message.role == "developer" and not knows_developer
         turn = _template_message(message, "system" if is_renamed else message.role, f"messages[{index}]")
         last = shown[-1] if shown else turn
