@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +38,7 @@ def batch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     checked = check_input(source)
     num_requests = len(checked.custom_ids)
     with ExitStack() as stack:
+        stack.callback(_remove_empty, output, errors)
         answers = stack.enter_context(lines_of(output))
         done = finished_ids(answers)
         num_done = sum(custom_id in done for custom_id in checked.custom_ids)
@@ -99,6 +101,14 @@ def _run(run: BatchRun, num_requests: int, num_done: int, console: Console) -> b
         except KeyboardInterrupt:
             return False
     return True
+
+
+def _remove_empty(*files: Path) -> None:
+    """Files that were made only to see whether they could be."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            if file.stat().st_size == 0:
+                file.unlink()
 
 
 def _report(run: BatchRun, num_asked: int, output: Path, errors: Path, console: Console) -> None:

@@ -1,11 +1,13 @@
 import asyncio
 import json
+import socket
 
 import httpx2
 import pytest
 from tests.unit.commands.conversations import ENDPOINT
 
 from weft.commands import batch_run
+from weft.commands.batch import batch
 from weft.commands.batch_file import check_input, finished_ids, lines_of
 from weft.commands.batch_run import MAX_ATTEMPTS, BatchRun
 from weft.commands.endpoint import EndpointError
@@ -165,3 +167,16 @@ async def test_a_full_disk_is_an_error_with_its_reason(tmp_path, monkeypatch):
 
     with pytest.raises(EndpointError, match="No space left"):
         await batch.run()
+
+
+def test_a_batch_that_never_began_leaves_no_files(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}) + "\n"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(EndpointError, match="nothing answers"):
+            batch(["run", str(source), "--url", f"http://127.0.0.1:{taken.getsockname()[1]}"], {})
+
+    assert list(tmp_path.iterdir()) == [source]
