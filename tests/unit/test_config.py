@@ -72,6 +72,7 @@ def test_the_other_spellings_of_tgi_are_read() -> None:
         assert settings_from(**{variable: "hf_x"}).hub_token == "hf_x"
     assert settings_from(HF_HUB_OFFLINE="1").offline is True
     assert settings_from(PREFIX_CACHING="0").prefix_caching is False
+    assert settings_from(OMP_NUM_THREADS="3").threads == 3
 
 
 def test_tgi_has_no_flag_that_is_missing_here() -> None:

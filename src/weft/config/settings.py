@@ -214,7 +214,7 @@ class Settings:
         "CPU kernel set; auto takes the best that the processor runs, reference is plain PyTorch",
         choices=("auto", "reference", "avx2", "avx512", "avx512-bf16"))
     threads: int | None = _row(None, INTEGER, ENGINE,
-        "Compute threads per rank", auto="usable cores / ranks", minimum=1, maximum=1024)
+        "Compute threads per rank", env=("OMP_NUM_THREADS",), auto="usable cores / ranks", minimum=1, maximum=1024)
     cuda_graphs: tuple[int, ...] = _row((0,), INTEGERS, ENGINE,
         "Batch sizes captured as CUDA graphs, 0 for none", is_tgi=True, minimum=0, works=((0,),))
     cuda_memory_fraction: float = _row(1.0, NUMBER, ENGINE,
