@@ -57,7 +57,8 @@ open unless `--protect-health`, metrics unless `--protect-metrics`. A route that
 * An error's text is TGI's sentence, then the value where that lacks it, then what to do. Sentences that say "less than"
   a limit are TGI's, too; what follows says that the limit itself is accepted.
 * `top_tokens` leaves out tokens that could not be chosen; TGI shows them with a `logprob` of null.
-* A place is taken after validation, so that a wrong request is refused and not told to come back.
+* A place is taken after validation, so that a wrong request is refused and not told to come back; nor is one that has
+  more sequences than there are places.
 * `/tokenize` honours `truncate`; `/chat_tokenize` refuses what would change the prompt, as chat does.
 * A stop text counts wherever it ends, also inside a token; the text ends with it.
 * On `/v1` OpenAI's API is the truth: `presence_penalty`, `stop` as a text, `finish_reason`, error objects, ids.

@@ -163,8 +163,21 @@ class TestAdmission:
         ],
     )
     async def test_every_sequence_takes_a_place(self, path: str, body: dict[str, object]):
-        assert (await build_house(settings={"max_concurrent_requests": 2}).post(path, body)).status == 200
-        assert (await build_house(settings={"max_concurrent_requests": 1}).post(path, body)).status == 429
+        house = build_house(settings={"max_concurrent_requests": 2})
+
+        assert (await house.post(path, body)).status == 200
+        with house.context.admission.admit(1):
+            assert (await house.post(path, body)).status == 429
+
+    async def test_more_sequences_than_places_are_no_overload(self):
+        """TGI says 429, too; who came back would come back for ever."""
+        house = build_house(settings={"max_concurrent_requests": 1})
+
+        native = await house.post("/generate", {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}})
+        chat = await house.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 2})
+
+        assert (native.status, chat.status) == (422, 400)
+        assert "--max-concurrent-requests" in native.json["error"]
 
     async def test_places_come_back_after_success_and_failure(self):
         house = build_house(settings={"max_concurrent_requests": 1})

@@ -341,9 +341,10 @@ class TestBestOf:
         assert set(answer.json) == {"generated_text"}
 
     async def test_it_takes_a_place_per_sequence(self):
-        house = build_house(settings={"max_concurrent_requests": 1})
+        house = build_house(settings={"max_concurrent_requests": 2})
 
-        answer = await house.post(WHOLE, {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}})
+        with house.context.admission.admit(1):
+            answer = await house.post(WHOLE, {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}})
 
         assert answer.status == 429
 

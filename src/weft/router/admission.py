@@ -7,7 +7,7 @@ in TGI. Whoever finds too few is told when to come back.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from weft.errors import OverloadedError
+from weft.errors import OverloadedError, ValidationError
 
 MAX_RETRY_AFTER_S = 30.0
 _SMOOTHING = 0.1
@@ -22,7 +22,15 @@ class Admission:
         self._mean_duration_s = 1.0
 
     def check(self, count: int) -> None:
-        """Raises OverloadedError when `count` places are not free; takes none. For use before costly work."""
+        """Raises OverloadedError when `count` places are not free; takes none. For use before costly work.
+
+        Raises ValidationError for more places than there are: coming back would not help.
+        """
+        if count > self.capacity:
+            raise ValidationError(
+                f"This request has {count} sequences, and the server generates {self.capacity} at a time "
+                "(--max-concurrent-requests). Ask for fewer"
+            )
         if self.used + count > self.capacity:
             raise OverloadedError("Model is overloaded", retry_after_s=self.retry_after_s)
 

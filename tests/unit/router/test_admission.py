@@ -1,6 +1,6 @@
 import pytest
 
-from weft.errors import OverloadedError
+from weft.errors import OverloadedError, ValidationError
 from weft.router.admission import MAX_RETRY_AFTER_S, Admission
 
 
@@ -26,12 +26,18 @@ def test_places_are_given_back_when_the_request_fails():
 
 
 def test_checking_takes_nothing():
-    admission = Admission(1)
+    admission = Admission(2)
 
-    admission.check(1)
-    with pytest.raises(OverloadedError):
+    admission.check(2)
+    with admission.admit(1), pytest.raises(OverloadedError):
         admission.check(2)
     assert admission.used == 0
+
+
+def test_more_places_than_there_are_is_the_requests_fault():
+    """Who came back for them would come back for ever."""
+    with pytest.raises(ValidationError, match=r"has 3 sequences, and the server generates 2 at a time"):
+        Admission(2).check(3)
 
 
 def test_retry_after_follows_how_long_places_are_held():
