@@ -106,8 +106,8 @@ def test_what_is_no_number_is_below_every_floor(broken: dict[str, float]) -> Non
 
 def test_the_name_says_everything_that_is_rounded() -> None:
     assert quality.name_of(INT8) == "int8"
-    assert quality.name_of(replace(INT8, kv_cache="int8")) == "int8 with an int8 KV cache"
-    assert quality.name_of(replace(INT8, weights="", kv_cache="int8")) == "bfloat16 with an int8 KV cache"
+    assert quality.name_of(replace(INT8, kv_cache="int8")) == "int8 + int8 KV cache"
+    assert quality.name_of(replace(INT8, weights="", kv_cache="int8")) == "bfloat16 + int8 KV cache"
 
 
 def test_a_receipt_is_kept_for_these_very_weights_and_roundings_only(default_model_gguf: Path) -> None:

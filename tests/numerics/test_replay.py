@@ -3,8 +3,11 @@
 Each rounding of the weights answers 120 requests alone, then 1,080 times under six sets of conditions.
 """
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.numerics.replay_worlds import ALONE, Outcome, World, engine_info, run_world, subjects, write_checkpoint
@@ -55,6 +58,35 @@ def test_more_than_a_thousand_replays_differ_in_no_bit(form: str, checkpoint: Pa
     assert sum(outcome.num_chunks for outcome in outcomes) > 100
     assert max(outcome.most_rows for outcome in outcomes) > 40
     assert len(set(alone.values())) > 0.9 * NUM_SUBJECTS
+
+
+def test_the_fingerprint_changes_with_what_changes_bits_and_with_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+    settings = replace(Settings(), model_id=str(checkpoint), model_path=str(checkpoint), dtype="bfloat16")
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    tuned = shutil.copytree(checkpoint, tmp_path / "tuned")
+    with (tuned / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+    def parts(**changes: Any) -> list[str]:
+        return engine_info(replace(settings, **changes)).fingerprint.split("-")
+
+    weights, configuration, kernels = parts()
+    for changes in (
+        {"threads": 2}, {"max_batch_size": 3}, {"max_batch_prefill_tokens": 64}, {"prefix_caching": False},
+        {"lookahead": False}, {"model_id": str(copy), "model_path": str(copy)},
+    ):  # fmt: skip
+        assert parts(**changes) == [weights, configuration, kernels], changes
+    assert parts(model_path=str(tuned))[0] != weights
+    assert parts(model_path=str(tuned))[1:] == [configuration, kernels]
+    others = [parts(**changes) for changes in (
+        {"dtype": "float32"}, {"quantize": "int8"}, {"quantize": "int4"},
+        {"quantize": "int4", "quantize_group_size": "64"}, {"block_size_tokens": 64},
+    )]  # fmt: skip
+    assert all(other[0] == weights and other[2] == kernels for other in others)
+    assert len({configuration, *(other[1] for other in others)}) == 6
 
 
 def _explained(world: World, outcome: Outcome, alone: dict, number: int, count: int) -> str:

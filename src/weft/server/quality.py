@@ -105,8 +105,8 @@ def require_quality(receipt: QualityReceipt, configuration: NumericConfiguration
 
 def name_of(configuration: NumericConfiguration) -> str:
     """For people: what is rounded."""
-    cache = f"an {configuration.kv_cache} KV cache" if configuration.kv_cache != configuration.dtype else ""
-    return " with ".join(part for part in (configuration.weights or configuration.dtype, cache) if part)
+    cache = f"{configuration.kv_cache} KV cache" if configuration.kv_cache != configuration.dtype else ""
+    return " + ".join(part for part in (configuration.weights or configuration.dtype, cache) if part)
 
 
 def to_json(receipt: QualityReceipt) -> dict[str, str | float]:
