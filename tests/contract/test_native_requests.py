@@ -187,6 +187,7 @@ ORDER = [
     ({"max_new_tokens": 0, "stop": list("vwxyz")}, "`max_new_tokens`"),
     ({"stop": list("vwxyz"), "top_n_tokens": 9}, "`stop`"),
     ({"top_n_tokens": 9, "truncate": 0}, "`top_n_tokens`"),
+    ({"truncate": 0, "grammar": {"type": "json", "value": {}}}, "`inputs`"),
 ]
 
 

@@ -48,6 +48,7 @@ from weft.router.validate import (
     check_prompt_chars,
     check_truncate,
     fit_native,
+    refuse_native_fields,
     truncated,
 )
 
@@ -192,6 +193,7 @@ async def prepare(
     parameters = body.parameters or _DEFAULT_PARAMETERS
     checked = check_native(body.parameters, context.settings, is_stream=is_stream)
     check_inputs(body.inputs, body.parameters, model)
+    refuse_native_fields(parameters, context.settings)
     context.admission.check(checked.num_sequences)
     exchange.stage = "tokenize"
     ids = await model.tokenizer.encode_async(body.inputs, add_special_tokens=True)

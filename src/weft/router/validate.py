@@ -122,7 +122,6 @@ def check_native(parameters: GenerateParameters | None, settings: Settings, *, i
         top_n,
         "ask for less (--max-top-n-tokens)",
     )
-    _refuse_native_fields(p, settings)
     sampling = SamplingParams(
         do_sample=bool(p.do_sample),
         seed=random_seed() if p.seed is None else p.seed,
@@ -191,7 +190,8 @@ def _check_native_ranges(p: GenerateParameters) -> None:
         _demand(is_fine, name, f"`{name}` must be {allowed}", getattr(p, name), remedy)
 
 
-def _refuse_native_fields(p: GenerateParameters, settings: Settings) -> None:
+def refuse_native_fields(p: GenerateParameters, settings: Settings) -> None:
+    """Refuse what does not exist yet, where TGI looks at grammars: last. Raises NotSupportedError."""
     if is_given(p.grammar):
         text = "`grammar` is not supported yet; leave it out"
         if settings.disable_grammar_support:
