@@ -323,6 +323,17 @@ class TestBestOf:
             "generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens", "top_tokens",
         }  # fmt: skip
 
+    async def test_the_mean_decides_and_not_the_sum(self):
+        """Or the shortest would win: here the end of text alone."""
+        scripts = iter([
+            Script(token_ids=ids_of(""), logprob=-1.0), Script(token_ids=ids_of("longer"), logprob=-0.9),
+        ])  # fmt: skip
+        house = build_house(lambda _: next(scripts))
+
+        answer = await house.post(WHOLE, {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True}})
+
+        assert answer.json == {"generated_text": "longer"}
+
     async def test_headers_count_the_tokens_of_the_winner(self):
         scripts = iter([Script(token_ids=ids_of("longer"), logprob=-2.0), Script(token_ids=ids_of("two"))])
         house = build_house(lambda _: next(scripts))
