@@ -246,6 +246,11 @@ def is_batch_invariant(dtype: torch.dtype, device: str = "cpu") -> bool:
     return all(find(name, case).is_batch_invariant for name in OPERATIONS)
 
 
+def must_compile() -> bool:
+    """Whether the first use of the CPU's kernels compiles them, which takes a minute or more."""
+    return not cpu_library.is_compiled()
+
+
 def set_threads(num_threads: int) -> None:
     """Threads that CPU operations use, the calling one included. Results do not depend on it. Raises ValueError.
 

@@ -114,6 +114,7 @@ class Launcher:
         self._state: dict[str, object] = {}
         self._router_ready = asyncio.Event()
         self._progress_shown_at = started
+        self._shown_phase = ""
         self._download_s = 0.0
         self._is_stopping = False
         self._startup_fault = ""
@@ -353,8 +354,9 @@ class Launcher:
         percent = round(percent) if isinstance(percent, int | float) else 0
         self._become("loading", phase=phase, percent=percent, message=message)
         now = time.monotonic()
-        if now - self._progress_shown_at > _SECONDS_BETWEEN_PROGRESS_LINES:
-            self._progress_shown_at = now
+        is_news = bool(message) and phase != self._shown_phase
+        if is_news or now - self._progress_shown_at > _SECONDS_BETWEEN_PROGRESS_LINES:
+            self._progress_shown_at, self._shown_phase = now, phase
             fields = {"message": message} if message else {}
             self._log.info("startup.progress", phase=phase, percent=percent, **fields)
 

@@ -55,6 +55,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _NS_PER_MS = 1_000_000
 
 
+_COMPILING = "compiling kernels for this processor, which only the first start does and takes a minute or more"
+
+
 class PhaseTimer:
     """Says what the process is doing and remembers how long each phase took."""
 
@@ -63,19 +66,20 @@ class PhaseTimer:
         self._announced = 0.0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time one phase; it is announced when it begins."""
-        self.progress(name, 0.0)
+    def phase(self, name: str, message: str = "") -> Iterator[None]:
+        """Time one phase; it is announced when it begins. `message`: why it takes long, for people."""
+        self.progress(name, 0.0, message)
         begin = time.monotonic()
         yield
         self.seconds.append((name, time.monotonic() - begin))
 
-    def progress(self, name: str, percent: float) -> None:
+    def progress(self, name: str, percent: float, message: str = "") -> None:
         """Announce how far a phase has come, 0–100; small steps are left out."""
         if 0.0 < percent < self._announced + PROGRESS_STEP_PERCENT:
             return
         self._announced = percent
-        log.info("startup.progress", phase=name, percent=round(percent, 1))
+        fields = {"message": message} if message else {}
+        log.info("startup.progress", phase=name, percent=round(percent, 1), **fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +112,10 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
     """
     with timer.phase("inspect"):
         layout = _choose_layout(settings, rank)
-        configure_kernels(settings)
         description = _within_context(describe_model(settings), settings)
         scheme = choose_scheme(settings, description, layout.device)
+    with timer.phase("kernels", _COMPILING if kernel_registry.must_compile() else ""):
+        configure_kernels(settings)
     with timer.phase("connect"):
         group = connect_ranks(settings, rank, world_size, layout.device)
     with timer.phase("load"), ThreadPoolExecutor(1) as beside:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from weft.kernels.cpu import build
+from weft.kernels.cpu import build, library
 from weft.kernels.cpu.build import BuildError, BuildOptions
 
 
@@ -66,3 +66,17 @@ def test_a_library_that_is_there_is_not_built_again(tmp_path: Path) -> None:
 
 def test_units_that_run_everywhere_use_the_oldest_instructions_only() -> None:
     assert all(build.UNITS[unit] == () for unit in ("thread_pool.cpp", "operations.cpp", "interface.cpp"))
+
+
+def test_whether_the_first_use_compiles_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = build.library_name()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(library, "library_name", lambda: name)
+    monkeypatch.setattr(library, "SOURCE_DIR", tmp_path)
+    monkeypatch.setattr(library, "_cache_directory", lambda: cache)
+    monkeypatch.setattr(library._Process, "loaded", None)
+
+    assert not library.is_compiled()
+    (cache / name).touch()
+    assert library.is_compiled()

@@ -42,6 +42,7 @@ def main() -> None:
     if behaviour == "grandchild":
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         record(event="grandchild", grandchild=process.pid)
+    log("startup.progress", phase="kernels", percent=0, message="compiling kernels")
     log("startup.progress", phase="weights", percent=50)
     (run_dir / f"shard-{rank}.sock").touch()
     log("startup.ready", weights_bytes=2**20, kv_pool_bytes=2**21, max_total_tokens=8192, phases=[["weights", 0.01]])

@@ -304,6 +304,17 @@ def test_the_reason_of_a_failed_start_is_the_last_line(
     assert output.splitlines()[-1] == last_line.replace("MODEL", str(launch.model))
 
 
+def test_a_phase_with_a_reason_is_shown_at_once(launches: Callable[..., Launch]) -> None:
+    launch = launches()
+    launch.wait_for(who="router", state="ready")
+    launch.process.send_signal(signal.SIGTERM)
+
+    shown = [line for line in launch.finish().splitlines() if "startup.progress" in line]
+
+    assert len(shown) == 1, "the quick ones are left out"
+    assert "compiling kernels" in shown[0]
+
+
 def test_what_every_rank_finds_wrong_is_said_once(launches: Callable[..., Launch]) -> None:
     output = launches("--num-shard", "3", FAKE_SHARD="exit:4").finish()
 

@@ -134,10 +134,19 @@ def _load(find: Callable[[], Path]) -> Loaded:
     return Loaded(library)
 
 
+def is_compiled() -> bool:
+    """Whether `load` finds a library; otherwise it compiles one, which takes a minute or more."""
+    return _Process.loaded is not None or _find() is not None
+
+
+def _cache_directory() -> Path:
+    return Path.home() / ".cache" / "weft" / "kernels"
+
+
+def _find() -> Path | None:
+    libraries = (directory / library_name() for directory in (SOURCE_DIR, _cache_directory()))
+    return next((library for library in libraries if library.exists()), None)
+
+
 def _find_or_build() -> Path:
-    cache = Path.home() / ".cache" / "weft" / "kernels"
-    for directory in (SOURCE_DIR, cache):
-        library = directory / library_name()
-        if library.exists():
-            return library
-    return build(SOURCE_DIR if os.access(SOURCE_DIR, os.W_OK) else cache, BuildOptions())
+    return _find() or build(SOURCE_DIR if os.access(SOURCE_DIR, os.W_OK) else _cache_directory(), BuildOptions())
