@@ -1,8 +1,11 @@
 """The clients that people have: openai, huggingface_hub, and TGI's own text_generation."""
 
+import functools
+import operator
 from collections.abc import Iterator
 
 import anthropic
+import httpx
 import openai
 import pytest
 import text_generation
@@ -65,6 +68,83 @@ class TestOpenAI:
             assert len(place.top_logprobs) == 3
             assert place.top_logprobs[0].token == place.token, "greedy takes the likeliest token"
             assert bytes(place.bytes or []).decode() == place.token
+
+    def test_what_the_model_said_greedily_is_the_likeliest_when_it_is_scored(
+        self, openai_client: openai.OpenAI
+    ) -> None:
+        """As evaluation harnesses do it: the same number beside the token and among the alternatives, or not greedy."""
+        said = openai_client.completions.create(model="tgi", prompt=PROMPT, temperature=0, max_tokens=6, logprobs=2)
+        completion, told = said.choices[0].text, said.choices[0].logprobs
+
+        scored = openai_client.completions.create(
+            model="tgi", prompt=[PROMPT + completion, PROMPT + " banana"], max_tokens=0, echo=True, logprobs=2
+        )
+
+        own, other = (choice.logprobs for choice in scored.choices)
+        assert told is not None
+        assert own is not None
+        assert other is not None
+        assert (own.tokens or [])[-6:] == told.tokens
+        assert (own.token_logprobs or [])[-6:] == pytest.approx(told.token_logprobs, abs=1e-3)
+        is_likeliest = [
+            logprob == max(top.values())
+            for logprob, top in zip((own.token_logprobs or [])[-6:], (own.top_logprobs or [])[-6:], strict=True)
+        ]
+        assert all(is_likeliest)
+        assert (other.token_logprobs or [])[-1] < max((other.top_logprobs or [])[-1].values())
+        assert scored.usage is not None
+        assert scored.usage.completion_tokens == 0
+
+    def test_usage_is_the_same_in_every_dialect(
+        self, openai_client: openai.OpenAI, running_server: RunningServer
+    ) -> None:
+        question = str(QUESTION["content"])
+        base = {"model": "tgi", "temperature": 0}
+        url = running_server.base_url
+
+        def counts(path: str, body: dict[str, object], *names: str) -> tuple[int, ...]:
+            usage = httpx.post(f"{url}{path}", json=base | body, timeout=60).json()["usage"]
+            return tuple(functools.reduce(operator.getitem, name.split("."), usage) for name in names)
+
+        chat_body = {"messages": [QUESTION], "max_tokens": 8}
+        chat_names = (
+            "prompt_tokens",
+            "completion_tokens",
+            "prompt_tokens_details.cached_tokens",
+            "completion_tokens_details.reasoning_tokens",
+        )
+        counts("/v1/chat/completions", chat_body, *chat_names)  # from here on the prompt is cached
+        chat = counts("/v1/chat/completions", chat_body, *chat_names)
+        response = counts(
+            "/v1/responses",
+            {"input": question, "max_output_tokens": 8},
+            "input_tokens",
+            "output_tokens",
+            "input_tokens_details.cached_tokens",
+            "output_tokens_details.reasoning_tokens",
+        )
+        fresh, completion, cached, thinking = counts(
+            "/v1/messages",
+            chat_body,
+            "input_tokens",
+            "output_tokens",
+            "cache_read_input_tokens",
+            "output_tokens_details.thinking_tokens",
+        )
+        streamed = list(
+            openai_client.chat.completions.create(
+                model="tgi",
+                messages=[QUESTION],
+                temperature=0,
+                max_tokens=8,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )[-1].usage
+
+        assert chat == response == (fresh + cached, completion, cached, thinking)
+        assert streamed is not None
+        assert (streamed.prompt_tokens, streamed.completion_tokens) == chat[:2]
 
     def test_completions_of_several_prompts_keep_their_order(self, openai_client: openai.OpenAI) -> None:
         prompts = [PROMPT, "The opposite of black is", PROMPT]
@@ -158,12 +238,14 @@ class TestAnthropic:
             with client.messages.stream(model="tgi", max_tokens=24, messages=messages, extra_body=fields) as stream:
                 streamed = "".join(stream.text_stream)
             count = client.messages.count_tokens(model="tgi", messages=messages)
+            [model] = list(client.models.list())
 
         [block] = whole.content
         assert block.type == "text"
         assert "Paris" in block.text
         assert streamed == block.text
         assert count.input_tokens == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
+        assert (model.type, model.id) == ("model", MODEL)
 
 
 class TestHuggingFaceHub:

@@ -65,6 +65,8 @@ let streamed = "";
 stream.on("text", (text) => (streamed += text));
 const final = await stream.finalMessage();
 const count = await client.messages.countTokens({ model: "tgi", messages });
+const models = [];
+for await (const model of client.models.list()) models.push(model.type);
 let refused = null;
 try {
   await client.messages.create({ ...fields, model: "claude" });
@@ -77,6 +79,7 @@ console.log(JSON.stringify({
   final: final.content[0].text,
   stop_reason: final.stop_reason,
   counted: count.input_tokens,
+  models,
   input: final.usage.input_tokens + final.usage.cache_read_input_tokens,
   refused,
 }));
@@ -112,4 +115,5 @@ def test_anthropic(running_server: RunningServer) -> None:
     assert said["whole"]
     assert said["stop_reason"] in ("end_turn", "max_tokens")
     assert said["counted"] == said["input"]
+    assert said["models"] == ["model"]
     assert said["refused"] is True
