@@ -143,10 +143,13 @@ def test_a_file_is_no_shard(tmp_path: Path) -> None:
     assert not is_answered(tmp_path / "file")
 
 
-def test_a_model_that_cannot_be_read_is_named_with_its_flag(tmp_path: Path, model: Path, module: FakeModule) -> None:
+def test_a_model_that_cannot_be_read_is_named_with_its_flag(
+    tmp_path: Path, model: Path, module: FakeModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standalone.os, "environ", {})
     module.error = ModelNotFoundError("there are no weights")
 
     with pytest.raises(ModelNotFoundError, match=f"^--model-id {model}: there are no weights$"):
-        run_shard([str(model), "--uds-path", str(tmp_path / "tgi")], {**environment(tmp_path), **os.environ})
+        run_shard([str(model), "--uds-path", str(tmp_path / "tgi")], environment(tmp_path))
 
     assert list(tmp_path.glob("tgi*")) == []
