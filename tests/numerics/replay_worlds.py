@@ -30,7 +30,7 @@ MAX_TOTAL_TOKENS = 320
 WAIT_S = 120.0
 
 Tokens = tuple[tuple[object, ...], ...]
-"""(id, bits of the log-probability, alternatives with their bits, reason to end) of each token."""
+"""(id, bits of its log-probability, alternatives and prompt tokens with their bits, reason to end) of each token."""
 
 
 def write_checkpoint(directory: Path) -> Path:
@@ -113,7 +113,11 @@ def subjects(count: int, seed: int = 11) -> list[Request]:
 
 def _sampling(rng: Random) -> SamplingParams:
     style = rng.choice(list(LogprobStyle))
-    reports = {"logprob_style": style, "top_n_tokens": rng.choice((0, 0, 3))}
+    reports = {
+        "logprob_style": style,
+        "top_n_tokens": rng.choice((0, 0, 3)),
+        "prompt_logprobs": rng.random() < 0.15,
+    }
     changes = {
         "penalty_style": rng.choice(list(PenaltyStyle)),
         "repetition_penalty": rng.choice((1.0, 1.0, 1.2)),
@@ -225,7 +229,9 @@ class _Crowd:
 def _bits(event: TokenEvent) -> tuple[object, ...]:
     top = event.top_tokens
     alternatives = None if top is None else (tuple(top.token_ids), tuple(value.hex() for value in top.logprobs))
-    return event.token_id, event.logprob.hex(), alternatives, event.finish_reason
+    report = None if event.prompt is None else event.prompt.prompt_logprobs
+    prompt = None if report is None else tuple(value.hex() for value in report)
+    return event.token_id, event.logprob.hex(), alternatives, prompt, event.finish_reason
 
 
 @contextmanager

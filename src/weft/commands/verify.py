@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -213,12 +214,13 @@ def _explained(difference: Difference, endpoint: Endpoint) -> str:
 
 
 def _texts(token_ids: Sequence[int], endpoint: Endpoint) -> dict[int, str]:
-    """What ids read as; nothing where the server does not know them."""
-    texts: dict[int, str] = {}
-    with endpoint.client() as client:
+    """What ids read as; nothing where the server does not know them, or is gone."""
+    texts = dict.fromkeys(token_ids, "")
+    with endpoint.client() as client, contextlib.suppress(httpx2.TransportError):
         for token_id in token_ids:
             response = client.post("/detokenize", json={"tokens": [token_id]})
-            texts[token_id] = response.json()["prompt"] if response.status_code == 200 else ""
+            if response.status_code == 200:
+                texts[token_id] = response.json()["prompt"]
     return texts
 
 

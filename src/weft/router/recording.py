@@ -26,7 +26,7 @@ from weft.config import Settings
 from weft.core.events import TokenEvent
 from weft.core.info import EngineInfo
 from weft.core.request import FinishReason, Request, SamplingParams, StopConditions
-from weft.errors import StartupError
+from weft.errors import StartupError, UsageError
 from weft.limits import LIMITS
 from weft.telemetry.metrics import Registry
 
@@ -140,7 +140,7 @@ class Recorder:
     _END: ClassVar[None] = None
 
     def __init__(self, path: Path, max_bytes: int, metrics: Registry | None = None) -> None:
-        """Raises StartupError when the file cannot be written, or another server writes to it."""
+        """Raises UsageError when the file cannot be written, or another server writes to it."""
         self._path = path
         self._max_file_bytes = max(max_bytes // 2, 1)
         self._first_line: ServerLine | None = None
@@ -156,7 +156,7 @@ class Recorder:
 
     @classmethod
     def from_settings(cls, settings: Settings, metrics: Registry) -> "Recorder | None":
-        """None when nothing is to be recorded. Raises StartupError."""
+        """None when nothing is to be recorded. Raises UsageError."""
         if settings.record is None:
             return None
         return cls(Path(settings.record), settings.record_max_bytes, metrics)
@@ -237,7 +237,7 @@ class Recorder:
             problem = "another server writes to it"
         except OSError as error:
             problem = error.strerror or "it cannot be opened"
-        raise StartupError(
+        raise UsageError(
             f"--record: {problem}. Name a file for this server alone, in a directory that exists and is open to it."
         )
 

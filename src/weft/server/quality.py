@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from weft.core.info import QualityReceipt
-from weft.errors import StartupError
+from weft.errors import UsageError
 from weft.models.decoder import Decoder
 from weft.models.forward_batch import ForwardBatch
 from weft.runner.kv_pool import KvPool
@@ -92,11 +92,11 @@ def measure(
 
 
 def require_quality(receipt: QualityReceipt, configuration: NumericConfiguration, floor: float) -> None:
-    """Raises StartupError when a model has lost more than the user accepts."""
+    """Raises UsageError when a model has lost more than the user accepts."""
     # A divergence that is no number means that one side computes nonsense, whatever the most likely tokens say.
     if receipt.top1_agreement >= floor and math.isfinite(receipt.kl_nats):
         return
-    raise StartupError(
+    raise UsageError(
         f"--quality-floor: {name_of(configuration)} keeps {receipt.top1_agreement:.1%} of {receipt.reference}'s most "
         f"likely tokens on {receipt.num_tokens:,} tokens of text, and the floor is {floor:.1%}. Use --quantize int8, "
         f"or int4 with a smaller --quantize-group-size; or lower --quality-floor to serve it all the same."

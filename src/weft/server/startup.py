@@ -515,7 +515,7 @@ def _quality(
     weights_digest: str,
     timer: PhaseTimer,
 ) -> QualityReceipt | None:
-    """What few bits cost, as far as it is known or asked for. Raises StartupError below the floor.
+    """What few bits cost, as far as it is known or asked for. Raises UsageError below the floor.
 
     It is told by the likeliest tokens, of which a model that makes vectors has none.
     """
