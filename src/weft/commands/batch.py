@@ -38,7 +38,6 @@ def batch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     checked = check_input(source)
     num_requests = len(checked.custom_ids)
     with ExitStack() as stack:
-        stack.callback(_remove_empty, output, errors)
         answers = stack.enter_context(lines_of(output))
         done = finished_ids(answers)
         num_done = sum(custom_id in done for custom_id in checked.custom_ids)
@@ -46,6 +45,7 @@ def batch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             console.print(f"All {num_requests:,} requests have their answer in {escape(str(output))}.", highlight=False)
             return 0
         failures = stack.enter_context(lines_of(errors, keeps_content=False))
+        stack.callback(_remove_empty, output, errors)  # while both are locked: an empty file may be another run's
         endpoint = _endpoint(arguments, environ, stack, console)
         run = BatchRun(endpoint, checked, done, answers, failures, concurrency=arguments.concurrency)
         try:

@@ -11,6 +11,7 @@ from weft.commands.batch import batch
 from weft.commands.batch_file import check_input, finished_ids, lines_of
 from weft.commands.batch_run import MAX_ATTEMPTS, BatchRun
 from weft.commands.endpoint import EndpointError
+from weft.errors import UsageError
 
 
 class Batch:
@@ -180,3 +181,15 @@ def test_a_batch_that_never_began_leaves_no_files(tmp_path):
             batch(["run", str(source), "--url", f"http://127.0.0.1:{taken.getsockname()[1]}"], {})
 
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_run_that_may_not_write_leaves_the_files_of_the_one_that_does(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}) + "\n"
+    )
+    output = tmp_path / "in.out.jsonl"
+    with lines_of(output) as _other_run:
+        with pytest.raises(UsageError):
+            batch(["run", str(source), "--url", "http://127.0.0.1:1"], {})
+        assert output.exists()
