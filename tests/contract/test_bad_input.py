@@ -393,8 +393,11 @@ class TestOrderOfTgi:
             {"frequency_penalty": 2.1},
             "`frequency_penalty` must be >= -2.0 and <= 2.0. Given: 2.1; leave it out to turn it off",
         ),
-        ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0. Given: 0.0; leave it out to turn it off"),
-        ({"typical_p": 0.0}, "`typical_p` must be > 0.0 and < 1.0. Given: 0.0; leave it out to turn it off"),
+        ({"top_p": 0.0}, "`top_p` must be > 0.0 and < 1.0. Given: 0.0; leave it out, or send 1.0, to turn it off"),
+        (
+            {"typical_p": 0.0},
+            "`typical_p` must be > 0.0 and < 1.0. Given: 0.0; leave it out, or send 1.0, to turn it off",
+        ),
         ({"top_k": 0}, "`top_k` must be strictly positive. Given: 0; leave it out to turn it off"),
         (
             {"max_new_tokens": 0},

@@ -172,6 +172,7 @@ def _check_best_of(p: GenerateParameters, best_of: int, max_best_of: int) -> Non
 def _check_native_ranges(p: GenerateParameters) -> None:
     """What does not depend on the server. TGI's sentences about `*_p` leave out 1.0, which is off and accepted here."""
     is_positive, off = "strictly positive", "leave it out to turn it off"
+    share_off = "leave it out, or send 1.0, to turn it off"
     checks = (
         (
             "temperature",
@@ -181,8 +182,8 @@ def _check_native_ranges(p: GenerateParameters) -> None:
         ),
         ("repetition_penalty", p.repetition_penalty is None or p.repetition_penalty > 0, is_positive, off),
         ("frequency_penalty", p.frequency_penalty is None or -2 <= p.frequency_penalty <= 2, ">= -2.0 and <= 2.0", off),
-        ("top_p", p.top_p is None or 0 < p.top_p <= 1, "> 0.0 and < 1.0", off),
-        ("typical_p", p.typical_p is None or 0 < p.typical_p <= 1, "> 0.0 and < 1.0", off),
+        ("top_p", p.top_p is None or 0 < p.top_p <= 1, "> 0.0 and < 1.0", share_off),
+        ("typical_p", p.typical_p is None or 0 < p.typical_p <= 1, "> 0.0 and < 1.0", share_off),
         ("top_k", p.top_k is None or p.top_k > 0, is_positive, off),
         ("max_new_tokens", p.max_new_tokens != 0, is_positive, "leave it out for all that the context holds"),
     )
