@@ -369,9 +369,11 @@ def _max_total_tokens(settings: Settings, description: ModelDescription, plan: M
     # The last token of a sequence is sampled and never stored; a text that becomes a vector has no such token.
     fits = plan.max_batch_total_tokens + (description.pooling is None)
     if fits < min(wanted, description.max_positions):
+        cap = settings.max_batch_total_tokens
+        is_capped = cap is not None and plan.max_batch_total_tokens >= cap
         log.warning(
             "startup.context_clipped",
-            flag="--kv-pool-bytes",
+            flag="--max-batch-total-tokens" if is_capped else "--kv-pool-bytes",
             asked=min(wanted, description.max_positions),
             given=fits,
             reason="the KV pool holds no longer sequence; a larger one allows it",
