@@ -1,11 +1,14 @@
 """Reading JSON bodies: depth in linear time, errors that name the field."""
 
 import contextlib
+import json
 import time
 
 import msgspec
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 
 from weft.errors import BadRequestError, MalformedJsonError
 from weft.limits import LIMITS
@@ -87,6 +90,29 @@ def test_a_name_that_stands_twice_is_refused(body: bytes, name: str):
 )
 def test_colons_and_quotes_in_texts_are_no_names(body: bytes):
     decode(body, Outer)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(value=JSON, is_ascii=st.booleans(), indent=st.none() | st.integers(0, 2))
+def test_no_json_without_repeated_names_is_refused(value: object, is_ascii: bool, indent: int | None):
+    text = json.dumps({"name": "a", "x": value}, ensure_ascii=is_ascii, indent=indent)
+
+    decode(text.encode(), Outer)
+
+
+@given(names=st.lists(st.text(max_size=4), min_size=1, max_size=4), is_ascii=st.booleans(), data=st.data())
+def test_every_repeated_name_is_refused(names: list[str], is_ascii: bool, data: st.DataObject):
+    pairs = [*names, data.draw(st.sampled_from(names))]
+    members = ",".join(f"{json.dumps(name, ensure_ascii=is_ascii)}:{json.dumps(data.draw(JSON))}" for name in pairs)
+
+    with pytest.raises(BadRequestError, match="Duplicate field"):
+        decode(f'{{"name":"a","x":{{{members}}}}}'.encode(), Outer)
 
 
 @pytest.mark.parametrize("body", [b'{"name":"a","x":"\xff"}', b'{"name":"a","x":' + b"9" * 5000 + b"}"])
