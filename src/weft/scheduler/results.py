@@ -198,9 +198,12 @@ def _report_prompt(sequence: Sequence) -> PromptReport:
             f"alternatives to {len(sequence.prompt_top_tokens)} tokens came back for {sequence.num_prompt_tokens} "
             "prompt tokens"
         )
+    tops = tuple(sequence.prompt_top_tokens) if has_tops else None
+    # Megabytes for a long prompt, and nobody asks again.
+    sequence.prompt_top_tokens.clear()
     return PromptReport(
         num_cached_tokens=sequence.num_cached_tokens,
         queue_ns=sequence.queue_ns,
         prompt_logprobs=logprobs,
-        prompt_top_tokens=tuple(sequence.prompt_top_tokens) if has_tops else None,
+        prompt_top_tokens=tops,
     )

@@ -271,7 +271,7 @@ def test_prompt_logprobs_are_collected_over_chunks_and_come_with_the_first_token
 
 def test_alternatives_to_prompt_tokens_are_collected_with_their_logprobs() -> None:
     crank = Crank(max_batch_prefill_tokens=4)
-    crank.add(make_request(prompt=6, max_new_tokens=1, prompt_logprobs=True, prompt_top_n_tokens=1))
+    crank.add(make_request(prompt=6, max_new_tokens=2, prompt_logprobs=True, prompt_top_n_tokens=1))
     tops = tuple(TopTokens((i,), (-0.5,)) for i in range(5))
 
     crank.must_plan()
@@ -280,6 +280,8 @@ def test_alternatives_to_prompt_tokens_are_collected_with_their_logprobs() -> No
     (event,) = crank.apply(prompt_logprobs={0: (-1.0,)}, prompt_top_tokens={0: tops[4:]})
 
     assert event.prompt.prompt_top_tokens == tops
+    (running,) = crank.scheduler.running
+    assert running.prompt_top_tokens == []
 
 
 def test_missing_alternatives_to_prompt_tokens_are_a_bug_and_not_a_shorter_list() -> None:
