@@ -158,6 +158,7 @@ class TestVertex:
         [
             ([], 422, "`instances` must hold 1 to 128 entries. Given: 0"),
             ([{"inputs": "a"}] * 129, 422, "Given: 129"),
+            ([{"inputs": "a", "stream": True}], 422, "`stream` has no place in a prediction"),
             ([{"inputs": "a"}, {"inputs": "a", "parameters": {"top_k": 0}}], 422, "(in `instances[1]`)"),
             ([{"input": "a"}], 422, "Missing field `inputs`"),
             ([1], 422, "`instances[0]`"),

@@ -5,7 +5,7 @@ Each is a frame around the native or the OpenAI routes: parameters are honoured 
 Source: TGI 3.3.7 `router/src/{sagemaker,vertex,kserve}.rs`, as facts; Open Inference Protocol v2
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -41,7 +41,12 @@ from weft.router.schemas_cloud import (
     VertexRequest,
     VertexResponse,
 )
-from weft.router.schemas_native import GenerateParameters, GenerateRequest, GenerateResponse
+from weft.router.schemas_native import (
+    CompatGenerateRequest,
+    GenerateParameters,
+    GenerateRequest,
+    GenerateResponse,
+)
 from weft.router.schemas_openai import ChatRequest
 from weft.router.sequence_text import SequenceText
 from weft.router.stream import encode_json
@@ -110,7 +115,8 @@ async def _vertex_answer(
     shape = decode(bytes(instance), InvocationShape)
     if is_given(shape.messages) and not is_given(shape.inputs):
         return await _ChatAnswer.of(context, exchange, decode(bytes(instance), ChatRequest), first_index)
-    body = decode(bytes(instance), GenerateRequest)
+    body = decode(bytes(instance), CompatGenerateRequest)
+    _refuse_fields_without_place({"stream": body.stream})
     if body.parameters is not None and body.parameters.do_sample is None:
         # TGI samples on this route whatever the parameters; here they decide when they say something.
         body.parameters.do_sample = True
@@ -130,9 +136,7 @@ class _ChatAnswer:
     async def of(cls, context: RouterContext, exchange: Exchange, body: ChatRequest, first_index: int) -> "_ChatAnswer":
         """Check a conversation and tokenize its prompt. Raises RequestError."""
         model = context.require_model()
-        for name, is_set in (("stream", body.stream), ("n", (body.n or 1) != 1), ("logprobs", body.logprobs)):
-            if is_set:
-                raise NotSupportedError(f"`{name}` has no place in a prediction; leave it out", field=name)
+        _refuse_fields_without_place({"stream": body.stream, "n": (body.n or 1) != 1, "logprobs": body.logprobs})
         checked = check_chat(body, context.settings, model)
         exchange.stage = "template"
         prompt = await render_chat(body, model)
@@ -155,6 +159,12 @@ class _ChatAnswer:
     def text(self) -> str:
         """The answer."""
         return "".join(self._text)
+
+
+def _refuse_fields_without_place(fields: Mapping[str, bool | None]) -> None:
+    for name, is_set in fields.items():
+        if is_set:
+            raise NotSupportedError(f"`{name}` has no place in a prediction; leave it out", field=name)
 
 
 def _prediction(answer: "native.WholeAnswer | _ChatAnswer") -> str | GenerateResponse:
