@@ -45,6 +45,8 @@ class Server:
     launches: tuple[Launch, ...]
     model: str
     """What requests name as `model`."""
+    weights: Path
+    """The file or directory that it loads."""
     is_peer: bool = True
     omitted_fields: frozenset[str] = frozenset()
     """Fields of the request body that the server refuses."""
@@ -81,6 +83,7 @@ def _weft(label: str, precision: str, weight_format: str, model: str, *extra: st
         weight_format=weight_format,
         launches=(Launch(command=(*command, "--hostname", "127.0.0.1", "--port", "{port}", *extra)),),
         model="tgi",
+        weights=Path(model),
         is_peer=False,
         version=version("weft"),
         left_out_when_quick=NOT_FOR_FOUR_BITS if precision == "int4" else {},
@@ -132,6 +135,7 @@ def _transformers_serve(forms: ModelForms, label: str) -> Server:
         weight_format="bf16",
         launches=(Launch(command=command),),
         model=model,
+        weights=forms.bfloat16_directory,
         omitted_fields=frozenset({"ignore_eos", "stream_options"}),
         environment={"HF_HUB_OFFLINE": "1"},
         version=peer_environments.TRANSFORMERS_REQUIREMENTS[0].partition("==")[2],
@@ -161,6 +165,7 @@ def _llamacpp(forms: ModelForms, label: str) -> Server:
         weight_format="q4_0" if is_quantized else "bf16",
         launches=_llamacpp_launches(command),
         model=gguf.stem,
+        weights=gguf,
         version=peer_environments.LLAMACPP_SOURCE.replace("==", " "),
         left_out_when_quick=NOT_FOR_FOUR_BITS
         if is_quantized
@@ -187,6 +192,7 @@ def _llamacpp_wheel(forms: ModelForms, label: str) -> Server:
         weight_format="q4_0" if is_quantized else "bf16",
         launches=_llamacpp_launches(command),
         model=gguf.stem,
+        weights=gguf,
         version=peer_environments.TRANSFORMERS_REQUIREMENTS[1].replace("==", " "),
         left_out_when_quick=dict.fromkeys(PROFILES, SLOWER_BUILD),
     )
@@ -216,6 +222,7 @@ def _openvino(forms: ModelForms, label: str) -> Server:
         weight_format=precision,
         launches=(Launch(command=command),),
         model="openvino",
+        weights=forms.openvino_directory(precision),
         version=peer_environments.OPENVINO_REQUIREMENTS[0].partition("==")[2],
     )
 
@@ -239,6 +246,7 @@ def _vllm(forms: ModelForms, label: str) -> Server:
         weight_format=precision,
         launches=(Launch(command=command),),
         model="model",
+        weights=directory,
         environment={
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{int(_num_cores()) - 1}",
             "VLLM_CPU_KVCACHE_SPACE": "2",

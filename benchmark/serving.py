@@ -141,7 +141,8 @@ class GroupRun:
                     for server in self._group.servers:
                         self._run_cell(server, profile, repeat, rounds)
         finally:
-            for label in list(self._live):
+            # Ours last: what it shares with a peer, such as torch's libraries, is then counted in full.
+            for label in reversed(list(self._live)):
                 self._end(label)
             self._recorder.write()
 

@@ -21,9 +21,9 @@ def _parts(sitting: Sitting, picture: str | None) -> list[str]:
         f"{min(bandwidths):.0f} to {max(bandwidths):.0f} GB/s."
         if bandwidths
         else "",
+        verdict_table(verdicts) if verdicts else "",
         f"![rates of all servers]({picture})" if picture else "",
         cells_table(sitting),
-        verdict_table(verdicts) if verdicts else "",
         starts_table(sitting) if sitting.starts else "",
         _absences(sitting),
     ]
