@@ -1,13 +1,16 @@
 """`/v1` as OpenAI's API: objects, chunks, choices, log-probabilities, usage."""
 
+import contextlib
 import json
 import math
+from typing import Any
 
 import pytest
 from tests.contract.house import BOS, EOS, Script, build_house, ids_of, say, text_of
 
 from weft.core.request import LogprobStyle, PenaltyStyle
 from weft.errors import GenerationError
+from weft.router.lifecycle import ServerState
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
@@ -714,6 +717,41 @@ class TestRefusals:
 
 
 class TestFailures:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize(
+        ("house", "body", "status", "kind", "param", "code"),
+        [
+            ({}, {"n": 0}, 400, "invalid_request_error", "n", "invalid_value"),
+            ({"settings": {"api_key": "k"}}, {}, 401, "invalid_request_error", None, "invalid_api_key"),
+            ({}, {"model": "gpt-4"}, 404, "invalid_request_error", "model", "model_not_found"),
+            ({"settings": {"payload_limit": 10}}, {}, 413, "invalid_request_error", None, "payload_too_large"),
+            ({"settings": {"max_concurrent_requests": 1}}, {}, 429, "rate_limit_error", None, "rate_limit_exceeded"),
+            ({"state": ServerState.LOADING}, {}, 503, "server_error", None, "not_ready"),
+        ],
+    )
+    async def test_every_status_has_openais_object_and_an_id(
+        self,
+        house: dict[str, Any],
+        body: dict[str, object],
+        status: int,
+        kind: str,
+        param: str | None,
+        code: str,
+        *,
+        stream: bool,
+    ):
+        served = build_house(**house)
+
+        with served.context.admission.admit(1) if status == 429 else contextlib.nullcontext():
+            answer = await served.post(CHAT, chat(stream=stream, **body), {"x-request-id": "mine"})
+
+        assert answer.status == status
+        error = answer.json["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["type"], error["param"], error["code"]) == (kind, param, code)
+        assert answer.headers["x-request-id"] == "mine"
+        assert ("retry-after" in answer.headers) == (status in (429, 503))
+
     @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
     async def test_a_failure_in_a_stream_is_an_error_object_and_done(self, path: str):
         body = chat(stream=True) if path == CHAT else {"prompt": "a", "stream": True}
