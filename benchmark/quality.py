@@ -26,6 +26,9 @@ CONFIGURATIONS: tuple[tuple[str, ...], ...] = (
     ("--quantize", "int4", "--quantize-group-size", "64"),
     ("--quantize", "int4", "--quantize-group-size", "128"),
     ("--gguf-compute", "packed"),
+    ("--kv-cache-dtype", "int8"),
+    ("--quantize", "int8", "--kv-cache-dtype", "int8"),
+    ("--quantize", "int4", "--kv-cache-dtype", "int8"),
 )
 DTYPES = ("bfloat16", "float32")
 

@@ -15,7 +15,7 @@ from weft.core.request import Pooling
 
 pytestmark = pytest.mark.e2e
 
-FLAGS = ("--dtype", "float32", "--kv-pool-bytes", "8MiB", "--block-size-tokens", "8", "--served-model-name", "tiny")
+FLAGS = ("--dtype", "float32", "--kv-pool-bytes", "8MiB", "--block-size-tokens", "16", "--served-model-name", "tiny")
 DRAW = random.Random(7)
 TEXTS = [[DRAW.randrange(2, 200) for _ in range(length)] for length in (1, 5, 8, 40, 130, 256)]
 

@@ -52,6 +52,20 @@ def test_info_says_what_the_few_bits_cost_and_no_start_waited_for_it(quantized: 
     assert "quality" not in info["startup_seconds"]
 
 
+def test_keys_and_values_of_8_bits_hold_nearly_twice_the_tokens(default_model_gguf: Path) -> None:
+    flags = ("--kv-pool-bytes", "64MiB", "--dtype", "bfloat16")
+    with serving(default_model_gguf, *flags) as server:
+        plain = server.http.get("/info").json()
+    with serving(default_model_gguf, *flags, "--kv-cache-dtype", "int8") as server:
+        info = server.http.get("/info").json()
+        answer = server.generate("The capital of France is", max_new_tokens=4)
+
+    assert "Paris" in answer["generated_text"]
+    assert info["max_batch_total_tokens"] > 1.85 * plain["max_batch_total_tokens"]
+    assert info["quality"]["top1_agreement"] > 0.97
+    assert "quality" not in plain
+
+
 def test_a_model_that_lost_too_much_does_not_start_unless_told(default_model_gguf: Path) -> None:
     flags = ("--quantize", "int4", "--quantize-group-size", "128")
 

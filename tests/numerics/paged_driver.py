@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
+from tests.numerics.kernels.paged_cases import unwritten_pool
 
 from weft.models.decoder import Decoder
 from weft.models.forward_batch import ForwardBatch, LayerKv
@@ -59,7 +60,7 @@ class PagedDriver:
         self,
         decoders: Sequence[Decoder],
         *,
-        block_size: int = 8,
+        block_size: int = 16,
         num_blocks: int = 96,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -69,7 +70,7 @@ class PagedDriver:
         self.free_blocks = order.tolist()
         self.kv = [
             [
-                LayerKv(*(torch.full((num_blocks, heads, block_size, size), torch.nan, dtype=dtype) for _ in range(2)))
+                LayerKv(*(unwritten_pool(num_blocks, heads, block_size, size, dtype) for _ in range(2)))
                 for heads, size in decoder.kv_shapes
             ]
             for decoder in decoders

@@ -12,7 +12,7 @@ from weft.errors import ModelNotFoundError, NotSupportedError, ValidationError
 
 pytestmark = pytest.mark.numerics
 
-SETTINGS = {"dtype": "float32", "device": "cpu", "kv_pool_bytes": "8MiB", "block_size_tokens": 8}
+SETTINGS = {"dtype": "float32", "device": "cpu", "kv_pool_bytes": "8MiB", "block_size_tokens": 16}
 DRAW = torch.Generator().manual_seed(5)
 SHARED = torch.randint(2, 200, (24,), generator=DRAW).tolist()
 TEXTS = [

@@ -116,15 +116,15 @@ def test_sequences_of_a_batch_do_not_see_one_another(checkpoint: Checkpoint) -> 
 
 
 def test_blocks_filled_by_another_sequence_are_as_good_as_own_ones(checkpoint: Checkpoint) -> None:
-    driver, shared_tokens = checkpoint.driver(), prompt(6)[:24]
-    donor = driver.start(shared_tokens + prompt(7, 20))
+    driver, shared_tokens = checkpoint.driver(), prompt(6)[:32]
+    donor = driver.start(shared_tokens + prompt(7, 12))
     driver.step([(donor, PROMPT_TOKENS)])
-    token_ids = shared_tokens + prompt(8, 20)
-    hit = driver.start(token_ids, shared=donor, shared_blocks=3)
+    token_ids = shared_tokens + prompt(8, 12)
+    hit = driver.start(token_ids, shared=donor, shared_blocks=2)
 
-    (logits,) = driver.step([(hit, 20)])
+    (logits,) = driver.step([(hit, 12)])
 
-    assert_close(logits, checkpoint.expected(token_ids)[24:])
+    assert_close(logits, checkpoint.expected(token_ids)[32:])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

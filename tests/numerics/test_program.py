@@ -13,7 +13,7 @@ from tests.numerics.families import FAMILIES, FamilyRow
 from tests.numerics.paged_driver import SharedExchange, ThreadedGroup
 
 from weft.errors import InvariantBroken
-from weft.kernels import ops, registry
+from weft.kernels import kv_layout, ops, registry
 from weft.kernels.cpu import library
 from weft.kernels.cpu.program import Arena, record
 from weft.models.decoder import Decoder, load_decoder
@@ -27,9 +27,10 @@ pytestmark = [
     pytest.mark.skipif(library.load().library is None, reason="programs need the compiled kernels"),
 ]
 
-BLOCK_SIZE = 8
+BLOCK_SIZE = 16
 NUM_BLOCKS = 40
-DTYPES = (torch.float32, torch.bfloat16)
+POOLS = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.int8))
+"""Type of activations, and of keys and values."""
 VOCAB_SIZE = 211
 
 
@@ -50,8 +51,8 @@ def load(directory: Path, row: FamilyRow, dtype: torch.dtype, group: Group | Non
     return load_decoder(directory, description, dtype=dtype, device=torch.device("cpu"), group=group or SoloGroup())
 
 
-def recorded(decoder: Decoder, dtype: torch.dtype) -> ReplayedDecoder:
-    return record_decoder(decoder, SoloGroup(), block_size_tokens=BLOCK_SIZE, dtype=dtype)
+def recorded(decoder: Decoder, kv_dtype: torch.dtype) -> ReplayedDecoder:
+    return record_decoder(decoder, SoloGroup(), block_size_tokens=BLOCK_SIZE, dtype=kv_dtype)
 
 
 @pytest.fixture
@@ -65,12 +66,17 @@ class Steps:
 
     PROMPT_TOKENS = (29, 11, 40)
 
-    def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
+    def __init__(self, decoder: Decoder, kv_dtype: torch.dtype) -> None:
         draw = torch.Generator().manual_seed(3)
         self.token_ids = torch.randint(0, VOCAB_SIZE, (3, 64), generator=draw, dtype=torch.int32)
         self.tables = torch.randperm(NUM_BLOCKS, generator=draw)[:24].view(3, 8).to(torch.int32)
         self.kv = [
-            LayerKv(*(torch.zeros(NUM_BLOCKS, heads, BLOCK_SIZE, size, dtype=dtype) for _ in range(2)))
+            LayerKv(
+                *(
+                    torch.zeros(NUM_BLOCKS, heads, BLOCK_SIZE, kv_layout.pool_width(size, kv_dtype), dtype=kv_dtype)
+                    for _ in range(2)
+                )
+            )
             for heads, size in decoder.kv_shapes
         ]
         self.computed = [0, 0, 0]
@@ -112,21 +118,21 @@ STEPS: list[tuple[list[tuple[int, int]], list[int] | None]] = [
 ]
 
 
-def run(model: Decoder | ReplayedDecoder, decoder: Decoder, dtype: torch.dtype) -> tuple[list[torch.Tensor], Steps]:
-    steps = Steps(decoder, dtype)
+def run(model: Decoder | ReplayedDecoder, decoder: Decoder, kv_dtype: torch.dtype) -> tuple[list[torch.Tensor], Steps]:
+    steps = Steps(decoder, kv_dtype)
     return [model.forward(steps.batch(rows, logit_rows)).clone() for rows, logit_rows in STEPS], steps
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), POOLS, ids=str)
 @pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.name)
 def test_every_step_has_the_bits_of_the_decoder(
-    row: FamilyRow, dtype: torch.dtype, directory_of: Callable[[FamilyRow], Path]
+    row: FamilyRow, dtype: torch.dtype, kv_dtype: torch.dtype, directory_of: Callable[[FamilyRow], Path]
 ) -> None:
     decoder = load(directory_of(row), row, dtype)
 
-    logits, steps = run(recorded(decoder, dtype), decoder, dtype)
+    logits, steps = run(recorded(decoder, kv_dtype), decoder, kv_dtype)
 
-    expected, expected_steps = run(decoder, decoder, dtype)
+    expected, expected_steps = run(decoder, decoder, kv_dtype)
     for number, (got, wanted) in enumerate(zip(logits, expected, strict=True)):
         assert got.shape == wanted.shape
         assert got.dtype == torch.float32
@@ -136,17 +142,19 @@ def test_every_step_has_the_bits_of_the_decoder(
         assert torch.equal(got_kv.values, wanted_kv.values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_change_no_bit(dtype: torch.dtype, directory_of: Callable[[FamilyRow], Path]) -> None:
+@pytest.mark.parametrize(("dtype", "kv_dtype"), POOLS, ids=str)
+def test_threads_change_no_bit(
+    dtype: torch.dtype, kv_dtype: torch.dtype, directory_of: Callable[[FamilyRow], Path]
+) -> None:
     row = next(row for row in FAMILIES if row.name == "gemma2")
     decoder = load(directory_of(row), row, dtype)
-    replayed = recorded(decoder, dtype)
+    replayed = recorded(decoder, kv_dtype)
     num_threads = library.load().library.weft_threads()  # type: ignore[union-attr]
     try:
         registry.set_threads(1)
-        alone, _ = run(replayed, decoder, dtype)
+        alone, _ = run(replayed, decoder, kv_dtype)
         registry.set_threads(2)
-        together, _ = run(replayed, decoder, dtype)
+        together, _ = run(replayed, decoder, kv_dtype)
     finally:
         registry.set_threads(num_threads)
 
@@ -158,6 +166,13 @@ LONG_ROWS = [
     FamilyRow("llama-long", "LlamaConfig", LONG),
     FamilyRow("gemma2-long", "Gemma2Config", LONG | {"sliding_window": 700, "query_pre_attn_scalar": 24}),
 ]
+
+
+def random_pool(num_blocks: int, heads: int, head_size: int, dtype: torch.dtype, draw: torch.Generator) -> torch.Tensor:
+    pool = torch.zeros(num_blocks, heads, BLOCK_SIZE, kv_layout.pool_width(head_size, dtype), dtype=dtype)
+    num_slots = num_blocks * BLOCK_SIZE
+    kv_layout.write_keys(pool, torch.arange(num_slots), torch.randn(num_slots, heads, head_size, generator=draw))
+    return pool
 
 
 def shared_batch(kv: Sequence[LayerKv], histories: Sequence[tuple[list[int], int]]) -> ForwardBatch:
@@ -195,24 +210,29 @@ def shared_histories() -> tuple[list[tuple[list[int], int]], int]:
     long, middle = take(1600), take(520)
     contexts = [(1601, 1600), (700, 512), (30, 0), (1700, 1536), (1029, 1024), (1537, 1536), (513, 512), (512, 504)]
     histories = [(long[: shared // BLOCK_SIZE] + take(context - shared), context) for context, shared in contexts]
-    histories += [(middle[:64] + take(10), 522), (take(900), 900), (middle[:64] + take(600), 1100), (take(1), 1)]
+    histories += [
+        (middle[: 512 // BLOCK_SIZE] + take(10), 522),
+        (take(900), 900),
+        (middle[: 512 // BLOCK_SIZE] + take(600), 1100),
+        (take(1), 1),
+    ]
     return histories, next(fresh)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("copies", [1, 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), POOLS, ids=str)
 @pytest.mark.parametrize("row", LONG_ROWS, ids=lambda row: row.name)
 def test_what_sequences_share_is_read_once_and_changes_no_bit(
-    row: FamilyRow, dtype: torch.dtype, copies: int, num_threads: int, tmp_path: Path
+    row: FamilyRow, dtype: torch.dtype, kv_dtype: torch.dtype, copies: int, num_threads: int, tmp_path: Path
 ) -> None:
     """Many copies of each: more than are computed at once."""
     decoder = load(save(random_model(row), tmp_path), row, dtype)
-    replayed = recorded(decoder, dtype)
+    replayed = recorded(decoder, kv_dtype)
     histories, num_blocks = shared_histories()
     draw = torch.Generator().manual_seed(11)
     pools = [
-        LayerKv(*(torch.randn(num_blocks, heads, BLOCK_SIZE, size, generator=draw).to(dtype) for _ in range(2)))
+        LayerKv(*(random_pool(num_blocks, heads, size, kv_dtype, draw) for _ in range(2)))
         for heads, size in decoder.kv_shapes
     ]
     batch = shared_batch(pools, histories * copies)
@@ -299,10 +319,10 @@ def test_the_time_of_each_kind_of_operation_is_told(llama: Decoder) -> None:
         ("token_ids", 3, VOCAB_SIZE, "token_ids 211"),
         ("token_ids", 0, -1, "token_ids -1"),
         ("positions", 28, 256, "positions 256"),
-        ("kv_slots", 5, NUM_BLOCKS * BLOCK_SIZE, "kv_slots 320"),
+        ("kv_slots", 5, NUM_BLOCKS * BLOCK_SIZE, "kv_slots 640"),
         ("query_starts", 1, 30, "sequence 0"),
         ("context_lens", 0, 28, "sequence 0"),
-        ("context_lens", 0, 65, "sequence 0"),
+        ("context_lens", 0, 8 * BLOCK_SIZE + 1, "sequence 0"),
         ("logit_rows", 0, 29, "row 29"),
     ],
 )

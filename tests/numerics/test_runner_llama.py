@@ -35,7 +35,7 @@ def new_driver(decoder: Decoder) -> RunnerDriver:
     shapes = decoder.kv_shapes
     assert len(set(shapes)) == 1
     return RunnerDriver(
-        decoder, vocab_size=decoder.spec.vocab_size, kv_shape=(len(shapes), *shapes[0]), num_blocks=64, block_size=8
+        decoder, vocab_size=decoder.spec.vocab_size, kv_shape=(len(shapes), *shapes[0]), num_blocks=32, block_size=16
     )
 
 

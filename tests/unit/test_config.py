@@ -242,7 +242,7 @@ MUTANTS = [
     (["--quantize", "awq"], "--quantize: 'awq' is not supported yet; leave it out or use int8 or int4."),
     (["--quantize", "zip"], "--quantize: must be one of int8, int4, awq"),
     (["--speculate", "3"], "--speculate: '3' is not supported yet; leave it out or use 0."),
-    (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype: 'fp8_e5m2' is not supported yet; leave it out or use auto."),
+    (["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype: 'fp8_e5m2' is not supported yet; leave it out or use auto"),
     (["--lora-adapters", "a"], "--lora-adapters: 'a' is not supported yet"),
     (["--rope-scaling", "linear"], "--rope-scaling: 'linear' is not supported yet"),
     (["--rope-factor", "2"], "--rope-factor: '2' is not supported yet"),

@@ -68,18 +68,20 @@ def forecast(
 ) -> Forecast:
     """Divide the memory as the start-up does: weights first, then activations, then the pool.
 
-    dtype        of the KV pool, and of weights: quantized files are decoded while they are loaded unless
+    dtype        of activations, and of weights: quantized files are decoded while they are loaded unless
                  `--gguf-compute packed` keeps them, and `--quantize` rounds what is loaded
     file_bytes   of a GGUF file
 
     Raises   DoesNotFitError: more ranks than heads
-             DeviceError: weights of few bits anywhere but on the CPU
+             DeviceError: weights, keys or values of few bits anywhere but on the CPU
     """
     world_size = settings.num_shard or 1
     block_size = settings.block_size_tokens or DEFAULT_BLOCK_SIZE_TOKENS[machine.device_type]
     all_weights_bytes, weights_kept_as = _weights(description, settings, machine.device_type, dtype, file_bytes)
     weights_bytes = -(-all_weights_bytes // world_size)
-    per_token = description.kv_bytes_per_token(dtype, world_size=world_size)
+    per_token = description.kv_bytes_per_token(
+        settings.kv_dtype_name(dtype, machine.device_type), world_size=world_size
+    )
     num_sequences = settings.max_batch_size or min(LIMITS.max_num_sequences, settings.max_concurrent_requests)
     activation_bytes = host_memory.activation_bytes(
         max_step_tokens=settings.max_batch_prefill_tokens

@@ -39,7 +39,7 @@ def contradictions(settings: Settings, addresses_of: Callable[[str], list[str]])
     if s.sharded and s.num_shard == 1:
         yield "--sharded true needs --num-shard of at least 2, or none. Given: 1."
     if s.block_size_tokens is not None and s.block_size_tokens & (s.block_size_tokens - 1):
-        yield f"--block-size-tokens: must be a power of two from 8 to 256. Given: {s.block_size_tokens}."
+        yield f"--block-size-tokens: must be a power of two from 16 to 256. Given: {s.block_size_tokens}."
     if s.tenant_header is not None and not re.fullmatch(r"[A-Za-z0-9-]{1,64}", s.tenant_header):
         yield f"--tenant-header: must be the name of a header. Given: {quoted(s.tenant_header)}."
     if s.api_key is not None and not (s.api_key.isascii() and s.api_key.isprintable()):

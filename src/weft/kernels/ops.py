@@ -2,20 +2,21 @@
 
 Shape letters: T tokens in the step · S sequences · N blocks · B tokens per block · Hq Hkv heads · D head size ·
 E hidden size · F feed-forward size · V vocabulary · I, O inputs and outputs of a linear layer · R rotated part of D ·
-P positions in the rotary table · N' longest block table of the step.
+P positions in the rotary table · N' longest block table of the step · W width of the pool, D or more.
 
 Rules for all: the last dimension of every tensor is contiguous; nothing is copied or converted behind the caller's
 back, so a tensor of the wrong dtype or layout is a ValueError; floating results are computed in float32 and rounded
 once. Tolerances against `reference` are in `TOLERANCES`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from weft.kernels import recording
+from weft.kernels import kv_layout, recording
 from weft.kernels.packed import PackedLinear, QuantizedFormat
 from weft.kernels.registry import Case, find
 
@@ -219,7 +220,8 @@ def rotary_and_store(
     Dimension i < R/2 pairs with i + R/2 (half-split layout); dimensions from R on pass through.
 
     Shapes  q `[T, Hq, D]`, k and v `[T, Hkv, D]` (rows may be views into a wider tensor), cos_sin `[P, R]` float32
-            (R/2 cosines, then R/2 sines), positions and kv_slots `[T]` int32, keys and values `[N, Hkv, B, D]`
+            (R/2 cosines, then R/2 sines), positions and kv_slots `[T]` int32, keys and values `[N, Hkv, B, W]`, see
+            `kv_layout`; the compiled kernels want B to be a multiple of 16
     Source  Su et al., "RoFormer" (2021); layout of transformers' `rotate_half`
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -253,14 +255,21 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - one attention operation for eve
     to its own, and only the newest `window` of them when window > 0. Scores are `scale · q·k`, then
     `softcap · tanh(score / softcap)` when softcap > 0.
 
-    Shapes  q `[T, Hq, D]`, keys and values `[N, Hkv, B, D]`, block_tables `[S, N']` int32, query_starts `[S+1]` int32,
-            context_lens `[S]` int32 → `[T, Hq, D]`; query head h reads key head h div (Hq/Hkv)
+    Shapes  q `[T, Hq, D]`, keys and values `[N, Hkv, B, W]` as `rotary_and_store` writes them, block_tables `[S, N']`
+            int32, query_starts `[S+1]` int32, context_lens `[S]` int32 → `[T, Hq, D]`; query head h reads key head
+            h div (Hq/Hkv)
     Source  online softmax: Milakov, Gimelshein (2018); paging: Kwon et al., "PagedAttention" (2023)
     """
     _require(q.dim() == 3 and q.stride(1) == q.shape[2], "q", "be [T, Hq, D] with contiguous heads", q)
     _require_rows("q", q)
     _require_pool(q, keys, values)
     _require(q.shape[1] % keys.shape[1] == 0, "q", f"have a multiple of {keys.shape[1]} heads", q)
+    # Scores are compared before they are scaled, and a cap divides.
+    for option, number, is_right in (("scale", scale, scale > 0.0), ("softcap", softcap, softcap >= 0.0)):
+        if not (is_right and math.isfinite(number)):
+            raise ValueError(f"`{option}` must be finite and {'>' if option == 'scale' else '>='} 0. Given: {number}")
+    if window < 0:
+        raise ValueError(f"`window` must be >= 0; 0 sees all positions. Given: {window}")
     _require_index("block_tables", block_tables)
     _require_index("query_starts", query_starts)
     _require_index("context_lens", context_lens)
@@ -335,8 +344,10 @@ def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
 
 
 def _find(operation: str, x: torch.Tensor, pool: torch.Tensor | None = None) -> Callable[..., Any]:
-    head_size, block_size = (0, 0) if pool is None else (pool.shape[3], pool.shape[2])
-    return recording.observed(find(operation, Case(x.device.type, x.dtype, head_size, block_size)))
+    if pool is None:
+        return recording.observed(find(operation, Case(x.device.type, x.dtype)))
+    case = Case(x.device.type, x.dtype, head_size=x.shape[2], block_size=pool.shape[2], kv_dtype=pool.dtype)
+    return recording.observed(find(operation, case))
 
 
 def _find_reader(operation: str, packed: PackedLinear) -> Callable[..., Any]:
@@ -366,8 +377,11 @@ def _require_index(name: str, x: torch.Tensor) -> None:
 
 def _require_pool(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     for name, pool in (("keys", keys), ("values", values)):
-        _require(pool.dim() == 4 and pool.is_contiguous(), name, "be contiguous [N, Hkv, B, D]", pool)
-        _require(pool.shape[3] == q.shape[2], name, f"have the head size {q.shape[2]} of q", pool)
+        _require(pool.dim() == 4 and pool.is_contiguous(), name, "be contiguous [N, Hkv, B, W]", pool)
+        width = kv_layout.pool_width(q.shape[2], pool.dtype)
+        _require(pool.shape[3] == width, name, f"be {width} wide for the head size {q.shape[2]} of q", pool)
+    is_alike = values.shape == keys.shape and values.dtype == keys.dtype
+    _require(is_alike, "values", f"be {list(keys.shape)} {keys.dtype}, as keys are", values)
 
 
 def _require_logits(logits: torch.Tensor) -> None:

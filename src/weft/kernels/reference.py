@@ -4,11 +4,13 @@ Works on any device and any floating dtype. Arithmetic is float32 inside, rounde
 Shapes and meanings stand in `ops.py`; functions here have the same names and arguments.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from weft.kernels import kv_layout
 from weft.kernels.packed import PackedLinear
 from weft.kernels.philox import token_words
 
@@ -90,9 +92,8 @@ def rotary_and_store(
     q.copy_(_rotate(q, angles))
     kept = kv_slots >= 0
     slots = kv_slots[kept].long()
-    block, offset = slots // keys.shape[2], slots % keys.shape[2]
-    keys[block, :, offset] = _rotate(k, angles)[kept].to(keys.dtype)
-    values[block, :, offset] = v[kept].to(values.dtype)
+    kv_layout.write_keys(keys, slots, _rotate(k, angles)[kept])
+    kv_layout.write_values(values, slots, v[kept])
 
 
 def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -135,8 +136,8 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the signature of `ops.paged_att
         context = context_lens[sequences].long()
         attended = _attend(
             q[rows],
-            _gather(keys, block_tables[sequences], context),
-            _gather(values, block_tables[sequences], context),
+            _gather(kv_layout.read_keys, keys, block_tables[sequences], context, q.shape[2]),
+            _gather(kv_layout.read_values, values, block_tables[sequences], context, q.shape[2]),
             context,
             (scale, softcap, window),
         )
@@ -144,13 +145,19 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the signature of `ops.paged_att
     return out
 
 
-def _gather(pool: torch.Tensor, block_tables: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    """Paged `[N, Hkv, B, D]` → `[S, Hkv, C, D]` float32 for the longest context C; places past a context are zero."""
+def _gather(
+    read: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    pool: torch.Tensor,
+    block_tables: torch.Tensor,
+    context: torch.Tensor,
+    head_size: int,
+) -> torch.Tensor:
+    """A pool → `[S, Hkv, C, D]` float32 for the longest context C; places past a context are zero."""
     block_size = pool.shape[2]
     longest = int(context.max())
     num_blocks = (longest + block_size - 1) // block_size
-    blocks = pool[block_tables[:, :num_blocks].long()]
-    flat = blocks.transpose(1, 2).flatten(2, 3)[:, :, :longest].float()
+    blocks = read(pool, block_tables[:, :num_blocks].long(), head_size)
+    flat = blocks.transpose(1, 2).flatten(2, 3)[:, :, :longest]
     past = torch.arange(longest, device=pool.device)[None, :] >= context[:, None]
     # A fresh pool may hold NaN, and 0 · NaN is NaN.
     return flat.masked_fill(past[:, None, :, None], 0.0)

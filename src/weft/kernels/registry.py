@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from weft.kernels import onednn, quantized, reference
+from weft.kernels import kv_layout, onednn, quantized, reference
 from weft.kernels.cpu import library as cpu_library
 from weft.kernels.cpu import operations as cpu_operations
 from weft.kernels.cpu import quantized as cpu_quantized
@@ -32,6 +32,8 @@ class Case:
     """D of attention and rotary operations, otherwise 0."""
     block_size: int = 0
     """B of attention and rotary operations, otherwise 0."""
+    kv_dtype: torch.dtype | None = None
+    """Of keys and values, for attention and rotary operations."""
     layout: str = ""
     """Of the packed weight, for operations that read one."""
 
@@ -76,7 +78,8 @@ def _compiled_supports(case: Case) -> bool:
         and case.layout in {"", "panels"}
         and case.head_size % 8 == 0
         and case.head_size <= MAX_HEAD_SIZE
-        and case.block_size % 8 == 0
+        and case.block_size % kv_layout.RUN_POSITIONS == 0
+        and (case.kv_dtype is None or case.kv_dtype in cpu_operations.KV_DTYPE_CODES)
     )
 
 

@@ -15,9 +15,9 @@ class LayerKv:
     """One layer's share of the KV pool; written in place."""
 
     keys: torch.Tensor
-    """[N, Hkv, B, D]"""
+    """[N, Hkv, B, W], see `kernels.kv_layout`"""
     values: torch.Tensor
-    """[N, Hkv, B, D]"""
+    """[N, Hkv, B, W]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

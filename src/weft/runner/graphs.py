@@ -8,7 +8,7 @@ A model that cannot be recorded runs operation by operation, and whoever starts 
 
 import torch
 
-from weft.kernels import ops
+from weft.kernels import kv_layout, ops
 from weft.kernels.cpu.program import Arena, NotExpressible, Program, record
 from weft.kernels.registry import notice
 from weft.models.decoder import Decoder
@@ -101,7 +101,8 @@ def _example_batch(decoder: Decoder, block_size_tokens: int, dtype: torch.dtype)
     starts = [sum(_ROW_LENGTHS[:index]) for index in range(num_sequences + 1)]
 
     def pool(num_heads: int, head_size: int) -> torch.Tensor:
-        return torch.zeros(num_sequences, num_heads, block_size_tokens, head_size, dtype=dtype)
+        width = kv_layout.pool_width(head_size, dtype)
+        return torch.zeros(num_sequences, num_heads, block_size_tokens, width, dtype=dtype)
 
     def integers(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32)

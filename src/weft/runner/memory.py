@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from weft.errors import DoesNotFitError
+from weft.kernels import kv_layout
 from weft.runner import host_memory
 
 
@@ -22,12 +23,13 @@ class KvShape:
     head_dim: int
     block_size_tokens: int
     dtype: torch.dtype
+    """Of the pool."""
 
     @property
     def block_bytes(self) -> int:
         """Keys and values of one block in all layers."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim
-        return per_token * self.block_size_tokens * self.dtype.itemsize
+        per_head = 2 * kv_layout.bytes_per_position(self.head_dim, self.dtype)
+        return self.num_layers * self.num_kv_heads * per_head * self.block_size_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

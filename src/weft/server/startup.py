@@ -52,6 +52,7 @@ WARMUP_TOKENS = 64
 RENDEZVOUS_TIMEOUT_S = 120.0
 PROGRESS_STEP_PERCENT = 10.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 _NS_PER_MS = 1_000_000
 
 
@@ -98,11 +99,16 @@ class _Layout:
 
     device: torch.device
     dtype_name: str
+    kv_dtype_name: str
     block_size_tokens: int
 
     @property
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype_name]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return _KV_DTYPES[self.kv_dtype_name]
 
 
 def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTimer) -> StartedRank:
@@ -273,10 +279,13 @@ def warm_up(runner: Runner, config: SchedulerConfig, pooling: Pooling | None = N
 
 
 def _choose_layout(settings: Settings, rank: int) -> _Layout:
+    """Raises DeviceError where there is no device, or none with kernels for what was asked for."""
     device = choose_device(settings.device, rank)
+    dtype_name = choose_dtype(settings.dtype, device)
     return _Layout(
         device=device,
-        dtype_name=choose_dtype(settings.dtype, device),
+        dtype_name=dtype_name,
+        kv_dtype_name=settings.kv_dtype_name(dtype_name, device.type),
         block_size_tokens=settings.block_size_tokens or DEFAULT_BLOCK_SIZE_TOKENS[device.type],
     )
 
@@ -290,7 +299,7 @@ def _plan_memory(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size_tokens=layout.block_size_tokens,
-        dtype=layout.dtype,
+        dtype=layout.kv_dtype,
     )
     activation_bytes = memory.estimate_activation_bytes(
         max_step_tokens=_max_batch_prefill_tokens(settings, description),
@@ -393,7 +402,7 @@ def _build_runner(
     config: SchedulerConfig,
     group: Group,
 ) -> Runner:
-    pool = _kv_pool(decoder, layout, plan.num_blocks)
+    pool = _kv_pool(decoder, layout, plan.num_blocks, layout.kv_dtype)
     model = _fastest_form(
         decoder, layout, group, max_step_tokens=_max_batch_prefill_tokens(settings, description), config=config
     )
@@ -417,7 +426,7 @@ def _build_runner(
     )
 
 
-def _kv_pool(decoder: Decoder, layout: _Layout, num_blocks: int) -> KvPool:
+def _kv_pool(decoder: Decoder, layout: _Layout, num_blocks: int, dtype: torch.dtype) -> KvPool:
     num_kv_heads, head_dim = decoder.kv_shapes[0]
     return KvPool(
         num_layers=len(decoder.kv_shapes),
@@ -425,7 +434,7 @@ def _kv_pool(decoder: Decoder, layout: _Layout, num_blocks: int) -> KvPool:
         num_kv_heads=num_kv_heads,
         block_size_tokens=layout.block_size_tokens,
         head_dim=head_dim,
-        dtype=layout.dtype,
+        dtype=dtype,
         device=layout.device,
     )
 
@@ -437,7 +446,9 @@ def _fastest_form(
     if layout.device.type != "cpu":
         return decoder
     try:
-        recorded = graphs.record_decoder(decoder, group, block_size_tokens=layout.block_size_tokens, dtype=layout.dtype)
+        recorded = graphs.record_decoder(
+            decoder, group, block_size_tokens=layout.block_size_tokens, dtype=layout.kv_dtype
+        )
     except graphs.NotExpressible as reason:
         log.info("startup.one_by_one", reason=str(reason), effect="operations are called one by one, which is slower")
         return decoder
@@ -496,7 +507,7 @@ def _numeric_configuration(
     return NumericConfiguration(
         dtype=layout.dtype_name,
         weights=scheme.name,
-        kv_cache=layout.dtype_name,
+        kv_cache=layout.kv_dtype_name,
         block_size_tokens=layout.block_size_tokens,
         world_size=world_size,
         is_long_context=any(
@@ -540,8 +551,8 @@ def _measured_quality(
     piece_tokens = min(quality.PIECE_TOKENS, description.max_positions)
     num_blocks = -(-piece_tokens // layout.block_size_tokens)
     return quality.measure(
-        quality.Subject(exact, _kv_pool(exact, layout, num_blocks)),
-        quality.Subject(decoder, _kv_pool(decoder, layout, num_blocks)),
+        quality.Subject(exact, _kv_pool(exact, layout, num_blocks, layout.dtype)),
+        quality.Subject(decoder, _kv_pool(decoder, layout, num_blocks, layout.kv_dtype)),
         quality.text_token_ids(path, Path(settings.cache_dir)),
         layout.dtype_name,
         piece_tokens,

@@ -38,7 +38,8 @@ void weft_race(const float*, int64_t, int64_t, int64_t, const int64_t*, const in
 
 namespace {
 
-constexpr int32_t kDtypes[] = {0, 1};  // float32, bfloat16
+constexpr int32_t kDtypes[] = {0, 1};       // float32, bfloat16
+constexpr int32_t kPoolDtypes[] = {0, 1, 2};  // and int8
 
 // Small repeatable numbers.
 struct Random {
@@ -54,7 +55,8 @@ struct Array {
   std::unique_ptr<uint8_t[]> memory;
   int64_t bytes;
 
-  Array(int64_t count, int32_t dtype) : memory(new uint8_t[count * (dtype == 0 ? 4 : 2)]), bytes(count * (dtype == 0 ? 4 : 2)) {
+  Array(int64_t count, int32_t dtype) : bytes(count * (dtype == 0 ? 4 : dtype == 1 ? 2 : 1)) {
+    memory.reset(new uint8_t[bytes]);
     std::memset(memory.get(), 0, bytes);
   }
   Array(int64_t count, int32_t dtype, uint64_t seed) : Array(count, dtype) {
@@ -65,6 +67,8 @@ struct Array {
       std::memcpy(&bits, &value, 4);
       if (dtype == 0) {
         std::memcpy(memory.get() + i * 4, &bits, 4);
+      } else if (dtype == 2) {
+        memory[i] = bits >> 16 & 0x3F;  // as codes, and as the bytes of a scale of about one
       } else {
         const uint16_t high = static_cast<uint16_t>(bits >> 16);
         std::memcpy(memory.get() + i * 2, &high, 2);
@@ -114,9 +118,9 @@ void attention(Results& results) {
     int64_t query_heads, kv_heads, head_size, block_size, window;
     float softcap;
   };
-  for (const Shape& s : {Shape{9, 3, 64, 32, 0, 0.f}, {2, 2, 8, 8, 20, 0.f}, {3, 1, 72, 24, 0, 5.f}, {4, 1, 128, 64, 600, 0.f}}) {
+  for (const Shape& s : {Shape{9, 3, 64, 32, 0, 0.f}, {2, 2, 8, 16, 20, 0.f}, {3, 1, 72, 48, 0, 5.f}, {4, 1, 128, 64, 600, 0.f}}) {
     for (const int32_t dtype : kDtypes) {
-      for (const int32_t kv_dtype : kDtypes) {
+      for (const int32_t kv_dtype : kPoolDtypes) {
         const std::vector<int32_t> rows = {1, 40, 1, 0, 130}, contexts = {1, 40, 700, 0, 1100};
         int64_t width = 0, blocks = 0;
         std::vector<int32_t> starts = {0};
@@ -131,7 +135,7 @@ void attention(Results& results) {
         for (size_t i = 0; i < rows.size(); ++i) {
           for (int64_t j = 0; j * s.block_size < contexts[i]; ++j) tables[i * width + j] = --block;
         }
-        const int64_t pool = blocks * s.kv_heads * s.block_size * s.head_size;
+        const int64_t pool = blocks * s.kv_heads * s.block_size * (s.head_size + (kv_dtype == 2 ? 4 : 0));
         const Array keys(pool, kv_dtype, 5), values(pool, kv_dtype, 6);
         const int64_t tokens = starts.back();
         const Array q(tokens * s.query_heads * s.head_size, dtype, 7), out(tokens * s.query_heads * s.head_size, dtype);
@@ -167,17 +171,20 @@ void rows(Results& results) {
       const int64_t tokens = 60, head_size = 80, block_size = 16, blocks = 5;
       const Array q(tokens * 4 * head_size, dtype, 12), k(tokens * 2 * head_size, dtype, 13);
       const Array cos_sin(50 * rotary_size, 0, 14);
-      const Array keys(blocks * 2 * block_size * head_size, dtype), values(blocks * 2 * block_size * head_size, dtype);
       std::vector<int32_t> positions, slots;
       for (int32_t token = 0; token < tokens; ++token) {
         positions.push_back(token % 50);
         slots.push_back(token % 7 == 0 ? -1 : token);
       }
-      weft_rotary_and_store(q.get(), 4 * head_size, k.get(), 2 * head_size, k.get(), 2 * head_size, cos_sin.floats(), 50,
-                            rotary_size, positions.data(), slots.data(), keys.get(), values.get(), blocks, tokens, 4, 2,
-                            head_size, block_size, dtype, dtype);
-      keep(results, q);
-      keep(results, keys);
+      for (const int32_t kv_dtype : kPoolDtypes) {
+        const int64_t pool = blocks * 2 * block_size * (head_size + (kv_dtype == 2 ? 4 : 0));
+        const Array keys(pool, kv_dtype), values(pool, kv_dtype);
+        weft_rotary_and_store(q.get(), 4 * head_size, k.get(), 2 * head_size, k.get(), 2 * head_size, cos_sin.floats(),
+                              50, rotary_size, positions.data(), slots.data(), keys.get(), values.get(), blocks, tokens,
+                              4, 2, head_size, block_size, dtype, kv_dtype);
+        keep(results, q);
+        keep(results, keys);
+      }
     }
   }
 }

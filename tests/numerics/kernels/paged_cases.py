@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from weft.kernels import ops
+from weft.kernels import kv_layout, ops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ class PagedCase:
         return torch.cat(results), torch.cat(magnitudes)
 
     def _exact_sequence(self, q: torch.Tensor, sequence: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (self._gather(pool, sequence, context) for pool in (self.keys, self.values))
+        blocks = self.block_tables[sequence].long()
+        keys = self._flatten(kv_layout.read_keys(self.keys, blocks, self.q.shape[2]), context)
+        values = self._flatten(kv_layout.read_values(self.values, blocks, self.q.shape[2]), context)
         scores = torch.einsum("thd,hcd->htc", q, keys) * self.scale
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -66,9 +68,9 @@ class PagedCase:
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
         return torch.einsum("htc,hcd->thd", weights, values), torch.einsum("htc,hcd->thd", weights, values.abs())
 
-    def _gather(self, pool: torch.Tensor, sequence: int, context: int) -> torch.Tensor:
-        blocks = pool[self.block_tables[sequence].long()].transpose(0, 1).flatten(1, 2)[:, :context].double()
-        return blocks.repeat_interleave(self.q.shape[1] // pool.shape[1], dim=0)
+    def _flatten(self, blocks: torch.Tensor, context: int) -> torch.Tensor:
+        flat = blocks.transpose(0, 1).flatten(1, 2)[:, :context].double()
+        return flat.repeat_interleave(self.q.shape[1] // self.keys.shape[1], dim=0)
 
     def part(self, sequence: int, first_position: int, end_position: int) -> "PagedCase":
         """Rows of one sequence alone, as a later or earlier step would compute them."""
@@ -81,6 +83,13 @@ class PagedCase:
             block_tables=self.block_tables[sequence : sequence + 1],
             lengths=((end_position - first_position, end_position),),
         )
+
+
+def unwritten_pool(num_blocks: int, kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """A pool that reads as NaN everywhere."""
+    shape = (num_blocks, kv_heads, block_size, kv_layout.pool_width(head_size, dtype))
+    # All bits set are a NaN in float32, which the scales of int8 are.
+    return torch.full(shape, -1 if dtype == torch.int8 else torch.nan, dtype=dtype)
 
 
 def make_case(
@@ -101,8 +110,7 @@ def make_case(
     counts = [-(-context // block_size) for _, context in lengths]
     order = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(seed)).int()
     tables = torch.zeros(len(lengths), max(counts, default=0) + 1, dtype=torch.int32)
-    shape = (len(order), kv_heads, block_size, head_size)
-    keys, values = (torch.full(shape, torch.nan, dtype=kv_dtype or dtype) for _ in range(2))
+    keys, values = (unwritten_pool(len(order), kv_heads, block_size, head_size, kv_dtype or dtype) for _ in range(2))
     used = 0
     for sequence, (_, context) in enumerate(lengths):
         for start in range(0, context, block_size):
@@ -110,9 +118,11 @@ def make_case(
             used += 1
             tables[sequence, start // block_size] = block
             # Drawn per position, so that another block size holds the same numbers.
-            for offset in range(min(block_size, context - start)):
-                keys[block, :, offset] = torch.randn(kv_heads, head_size, generator=generator).to(keys.dtype)
-                values[block, :, offset] = torch.randn(kv_heads, head_size, generator=generator).to(keys.dtype)
+            count = min(block_size, context - start)
+            drawn = torch.randn(count, 2, kv_heads, head_size, generator=generator)
+            slots = block.long() * block_size + torch.arange(count)
+            kv_layout.write_keys(keys, slots, drawn[:, 0])
+            kv_layout.write_values(values, slots, drawn[:, 1])
     rows = sum(length for length, _ in lengths)
     q = torch.randn(rows, query_heads, head_size, generator=generator).to(dtype)
     return PagedCase(

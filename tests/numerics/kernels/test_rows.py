@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weft.errors import InvariantBroken
-from weft.kernels import ops
+from weft.kernels import kv_layout, ops, registry
 
 pytestmark = pytest.mark.numerics
 
@@ -127,12 +127,46 @@ def test_rotary_turns_queries_and_stores_turned_keys_and_plain_values(
     exact_k, magnitude_k = turned(k_before)
     written = slots >= 0
     block, offset = slots[written].long() // block_size, slots[written].long() % block_size
-    assert_within("rotary_and_store", keys[block, :, offset], exact_k[written], magnitude_k[written])
-    assert torch.equal(values[block, :, offset], v_before[written])
+    all_blocks = torch.arange(blocks)
+    stored_k = kv_layout.read_keys(keys, all_blocks, head_size).to(dtype)
+    stored_v = kv_layout.read_values(values, all_blocks, head_size).to(dtype)
+    assert_within("rotary_and_store", stored_k[block, :, offset], exact_k[written], magnitude_k[written])
+    assert torch.equal(stored_v[block, :, offset], v_before[written])
     assert torch.equal(k, k_before)
     untouched = torch.ones(blocks, block_size, dtype=torch.bool)
     untouched[block, offset] = False
-    assert not keys.transpose(1, 2)[untouched].any()
+    assert not stored_k.transpose(1, 2)[untouched].any()
+    assert not stored_v.transpose(1, 2)[untouched].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 32), (8, 16), (72, 48), (256, 16)])
+def test_codes_and_scales_are_those_of_the_reference(
+    compiled: str, dtype: torch.dtype, head_size: int, block_size: int
+) -> None:
+    """Rounding is defined to the bit: a pool may be written by one kernel set and read by another."""
+    tokens, kv_heads, blocks = 40, 3, 6
+    q, k, v = (torch.randn(tokens, heads, head_size).to(dtype) for heads in (6, kv_heads, kv_heads))
+    k[3, 1], v[5, 0, 2], k[7, 2, 3] = 0.0, torch.nan, torch.inf
+    angles = torch.rand(50, head_size // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32)
+    slots = torch.randperm(blocks * block_size)[:tokens].int()
+    pools = []
+    for kernels in (compiled, "reference"):
+        pool = [torch.zeros(blocks, kv_heads, block_size, head_size + 4, dtype=torch.int8) for _ in range(2)]
+        with registry.force(kernels):
+            ops.rotary_and_store(q.clone(), k, v, cos_sin, positions, slots, *pool)
+        pools.append(pool)
+
+    for got, wanted in zip(*pools, strict=True):
+        assert torch.equal(got, wanted)
+    stored = kv_layout.read_values(pools[0][1], torch.arange(blocks), head_size)
+    block, offset = slots.long() // block_size, slots.long() % block_size
+    widest = v.float().abs().amax(dim=-1, keepdim=True)
+    error = (stored[block, :, offset] - v.float()).abs()
+    assert (error[6:] <= widest[6:] * (0.5 / 127 + 1e-6)).all()
+    assert stored[block[5], 0, offset[5]].isnan().all()
 
 
 @pytest.mark.parametrize(("position", "slot"), [(50, 0), (-1, 0), (0, 80)])

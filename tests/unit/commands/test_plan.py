@@ -72,6 +72,15 @@ def test_a_smaller_dtype_doubles_what_the_pool_holds(model: Path) -> None:
     assert planned(model, *flag, dtype="bfloat16").pool_tokens == 2 * planned(model, *flag).pool_tokens
 
 
+def test_a_cache_of_codes_holds_nearly_twice_the_tokens_of_bfloat16(model: Path) -> None:
+    flag = ("--kv-pool-bytes", "64MiB")
+    half = planned(model, *flag, dtype="bfloat16")
+    codes = planned(model, *flag, "--kv-cache-dtype", "int8", dtype="bfloat16")
+
+    assert codes.kv_bytes_per_token * 128 == half.kv_bytes_per_token * (64 + 4)
+    assert codes.pool_tokens > 1.85 * half.pool_tokens
+
+
 def test_ranks_share_weights_and_heads(model: Path) -> None:
     one, two = planned(model), planned(model, "--num-shard", "2")
     assert two.weights_bytes * 2 == one.weights_bytes
@@ -203,6 +212,8 @@ def test_few_bits_are_refused_where_serve_would_refuse_them(model: Path) -> None
 
     with pytest.raises(DeviceError, match="--quantize: int8 has kernels for the CPU"):
         planned(model, "--quantize", "int8", machine=gpu)
+    with pytest.raises(DeviceError, match="--kv-cache-dtype: int8 beside --dtype float32 has kernels for the CPU"):
+        planned(model, "--kv-cache-dtype", "int8", machine=gpu)
 
 
 def test_a_directory_that_is_no_model_is_named_with_its_flag(tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_each_layer_sees_its_own_keys_and_values(dtype: torch.dtype) -> None:
     assert pool.bytes == 3 * 2 * 5 * 2 * 8 * 16 * dtype.itemsize
 
 
+def test_a_pool_of_codes_has_room_for_a_scale_beside_each_row() -> None:
+    pool = new_pool(dtype=torch.int8)
+
+    assert pool.layers[0].keys.shape == (5, 2, 8, 16 + 4)
+    assert pool.bytes == 3 * 2 * 5 * 2 * 8 * (16 + 4)
+
+
 def test_an_untouched_pool_reads_as_zeros() -> None:
     assert not any(layer.keys.any() or layer.values.any() for layer in new_pool().layers)
 

@@ -1,6 +1,7 @@
 """What fits, and what the user is told when it does not."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,10 @@ def plan(**changes: object) -> MemoryPlan:
 
 def test_a_block_holds_keys_and_values_of_all_layers() -> None:
     assert SHAPE.block_bytes == 30 * 2 * 3 * 64 * 32 * 2
+
+
+def test_a_block_of_codes_ends_with_its_scales() -> None:
+    assert replace(SHAPE, dtype=torch.int8).block_bytes == 30 * 2 * 3 * 32 * (64 + 4)
 
 
 def test_the_parts_sum_to_what_was_available() -> None:

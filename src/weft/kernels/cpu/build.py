@@ -58,7 +58,7 @@ UNITS = {
     "quantized_avx512_vnni.cpp": (*_AVX512, "-mf16c", "-mavx512vnni"),
     "kernels_avx2.cpp": _AVX2,
     "kernels_avx512.cpp": _AVX512,
-    "kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 """Translation unit → flags of its instruction set. Those without flags run everywhere."""
 

@@ -14,9 +14,10 @@
 
 namespace weft {
 
-enum DataType : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+// kInt8 is for keys and values alone.
+enum DataType : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
-static inline int64_t bytes_per_element(DataType type) { return type == kFloat32 ? 4 : 2; }
+static inline int64_t bytes_per_element(DataType type) { return type == kFloat32 ? 4 : type == kBfloat16 ? 2 : 1; }
 
 // Packed weights are panels of 32 outputs. Inside a panel come the inputs one after another (float32) or two by two
 // (bfloat16): [I][32] floats or [I/2][32][2] bfloat16. Missing outputs and an odd last input are zero.
@@ -54,11 +55,22 @@ struct LinearArguments {
   DataType out_dtype;
 };
 
-// Attention visits keys in tiles of 32 absolute positions, which divide any block size that is a multiple of 8 into
-// whole groups of 8. Tiles are collected in parts of 512 positions: inside a part the softmax runs online, parts are
+// Attention visits keys in tiles of 32 absolute positions: two runs of 16, which never cross a block. Tiles are collected in parts of 512 positions: inside a part the softmax runs online, parts are
 // then merged in ascending order. Parts may be computed by different threads without changing a bit.
 constexpr int64_t kTilePositions = 32;
 constexpr int64_t kPartPositions = 512;
+
+// The pool lies as dot products read it, whatever the instruction set; kv_layout.py writes the same. A block of one
+// head, B positions of D dimensions, is made of units: one float32, or two elements of bfloat16 or int8.
+//   keys    [B/16][D/n][16] units of n dimensions of a position: scores of 16 positions are one chain over D/n units
+//   values  [B/n][D] units of n positions of a dimension: weighted sums are chains over positions
+// A block of int8 ends with B float32 scales: an element is code · scale of its position.
+constexpr int64_t kRunPositions = 16;
+
+static inline int64_t elements_per_unit(DataType type) { return type == kFloat32 ? 1 : 2; }
+static inline int64_t bytes_per_position(int64_t head_size, DataType type) {
+  return head_size * bytes_per_element(type) + (type == kInt8 ? 4 : 0);
+}
 
 // Which sequences begin with the same blocks, in whole parts: see prefixes.h.
 struct PrefixOrder {
@@ -72,7 +84,7 @@ struct AttentionArguments {
   const void* q;  // [T, Hq, D], heads contiguous
   int64_t q_stride;  // elements between tokens
   void* out;         // [T, Hq, D] contiguous, dtype of q
-  const void* keys;  // [N, Hkv, B, D]
+  const void* keys;  // [N, Hkv] blocks
   const void* values;
   const int32_t* block_tables;
   int64_t table_stride;
@@ -84,7 +96,7 @@ struct AttentionArguments {
   int64_t query_heads;
   int64_t kv_heads;
   int64_t head_size;   // multiple of 8
-  int64_t block_size;  // multiple of 8
+  int64_t block_size;  // multiple of 16
   DataType dtype;
   DataType kv_dtype;
   const PrefixOrder* prefixes = nullptr;  // nullptr: read every sequence by itself
@@ -110,7 +122,7 @@ struct RotaryArguments {
   int64_t rotary_size;
   const int32_t* positions;
   const int32_t* kv_slots;
-  void* keys;  // [N, Hkv, B, D]
+  void* keys;  // [N, Hkv] blocks
   void* values;
   int64_t query_heads;
   int64_t kv_heads;

@@ -97,6 +97,39 @@ void convert_elements(const From* x, To* out, int64_t width) {
   for (int64_t i = 0; i < width; i += kLanes) store_up_to(out + i, load_up_to(x + i, width - i), width - i);
 }
 
+// The largest absolute value of some elements, and whether all of them are numbers.
+struct Widest {
+  float value;
+  bool is_finite;
+};
+template <typename Element>
+WEFT_INLINE Widest widest_of(const Element* x, int64_t count) {
+  Floats largest = zero();
+  uint32_t nan = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats part = absolute(load_up_to(x + i, count - i));
+    nan |= lanes_nan(part);
+    largest = max(part, largest);
+  }
+  const float value = max_of_lanes(largest);
+  return {value, nan == 0 && value < __builtin_inff()};
+}
+
+// out[i] = x[i] · factor, rounded to the nearest integer.
+template <typename Element>
+WEFT_INLINE void round_elements(const Element* x, float factor, int16_t* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats scaled = multiply(load_up_to(x + i, count - i), set(factor));
+    if (count - i >= kLanes) {
+      store_rounded(out + i, scaled);
+      continue;
+    }
+    int16_t rest[kLanes];
+    store_rounded(rest, scaled);
+    for (int64_t j = i; j < count; ++j) out[j] = rest[j - i];
+  }
+}
+
 void convert_row(const void* x, DataType from, void* out, DataType to, int64_t width) {
   if (from == kFloat32) {
     const float* source = static_cast<const float*>(x);
@@ -333,12 +366,14 @@ WEFT_INLINE State state_at(float* memory, int64_t rows) {
 
 // Memory of one piece in progress; every array starts at a multiple of 64 bytes.
 struct Workspace {
-  uint8_t* q;        // [rows, D] elements of the arithmetic
-  uint8_t* weights;  // [rows, 32] elements of the arithmetic
-  uint32_t* keys;    // panel of one tile: [steps over D][32] words
-  uint32_t* values;  // panel of one tile: [steps over positions][Do] words
-  float* row;        // one widened key row per lane of a transposition: [kTransposeSize, D]
-  float* decay;      // [rows] factor on what a row had gathered before the tile
+  uint8_t* q;             // [rows, D] elements of the arithmetic
+  uint8_t* weights;       // [rows, 32] elements of the arithmetic
+  uint8_t* values;        // a tile's units [32/n][Do], where the pool's cannot be read as they are
+  float* decay;           // [rows] factor on what a row had gathered before the tile
+  float* q_scales;        // [rows], these four for int8 alone
+  float* weight_scales;   // [rows]
+  float* key_scales;      // [32]
+  float* value_scales;    // [32]
   State part;
   State total;
 };
@@ -351,14 +386,17 @@ WEFT_INLINE int64_t cut_workspace(const AttentionArguments& a, uint8_t* memory, 
     used += round_up(bytes, 64);
     return taken;
   };
+  const auto take_floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
   w->q = take(rows * a.head_size * 4);
   w->weights = take(rows * kTilePositions * 4);
-  w->keys = reinterpret_cast<uint32_t*>(take(a.head_size * kTilePositions * 4));
-  w->values = reinterpret_cast<uint32_t*>(take(kTilePositions * output_width(a) * 4));
-  w->row = reinterpret_cast<float*>(take(kTransposeSize * a.head_size * 4));
-  w->decay = reinterpret_cast<float*>(take(padded_rows(rows) * 4));
-  w->part = state_at(reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
-  w->total = state_at(reinterpret_cast<float*>(take(attention_state_floats(a, rows) * 4)), rows);
+  w->values = take(kTilePositions * output_width(a) * 4);
+  w->decay = take_floats(padded_rows(rows));
+  w->q_scales = take_floats(padded_rows(rows));
+  w->weight_scales = take_floats(padded_rows(rows));
+  w->key_scales = take_floats(kTilePositions);
+  w->value_scales = take_floats(kTilePositions);
+  w->part = state_at(take_floats(attention_state_floats(a, rows)), rows);
+  w->total = state_at(take_floats(attention_state_floats(a, rows)), rows);
   return used;
 }
 
@@ -373,47 +411,70 @@ int64_t attention_scratch_bytes(const AttentionArguments& a, int64_t rows) {
   return cut_workspace(a, nullptr, rows, &w);
 }
 
-alignas(64) const uint32_t kZeroRow[1024] = {};
+// What the pool is made of when it holds elements of a type: see kernels.h.
+template <typename Stored>
+struct Held;
+template <>
+struct Held<float> {
+  using Unit = uint32_t;
+  static constexpr int64_t kPerUnit = 1;
+};
+template <>
+struct Held<uint16_t> {
+  using Unit = uint32_t;
+  static constexpr int64_t kPerUnit = 2;
+};
+template <>
+struct Held<int8_t> {
+  using Unit = uint16_t;
+  static constexpr int64_t kPerUnit = 2;
+};
 
-constexpr int kGroupsPerTile = kTilePositions / 8;
-constexpr int64_t kUnseen = -1;
-
-// Positions of a piece whose keys some row sees: [begin, end). Nothing else is read, and values elsewhere count as
-// zero: memory that nobody has written may hold NaN, and a weight of zero does not silence it.
+// Positions of a piece whose keys some row sees: [begin, end). Values elsewhere count as zero: memory that nobody has
+// written may hold NaN, and a weight of zero does not silence it. Scores elsewhere are replaced, whatever they are.
 struct Seen {
   int64_t begin;
   int64_t end;
 };
 
-// Where the keys and values of a tile stand: for each run of 8 positions, which never crosses a block, the row of the
-// pool [N · Hkv · B, D] that it starts at, or kUnseen.
-struct TileRows {
-  int64_t group[kGroupsPerTile];
+constexpr int kRunsPerTile = kTilePositions / kRunPositions;
+
+// Where the keys and values of a tile stand, run by run; nullptr where nobody sees a key of the run.
+template <typename Stored>
+struct TileRuns {
+  using Unit = typename Held<Stored>::Unit;
+  const Unit* keys[kRunsPerTile];
+  const Unit* values[kRunsPerTile];
+  const float* key_scales[kRunsPerTile];
+  const float* value_scales[kRunsPerTile];
 };
 
-WEFT_INLINE TileRows find_rows(const AttentionArguments& a, const AttentionPiece& piece, const Seen& seen,
-                               int64_t tile) {
+template <typename Stored>
+WEFT_INLINE TileRuns<Stored> find_runs(const AttentionArguments& a, const AttentionPiece& piece, const Seen& seen,
+                                       int64_t tile) {
+  using Unit = typename Held<Stored>::Unit;
   const int32_t* const table = a.block_tables + piece.sequence * a.table_stride;
-  TileRows rows;
-  for (int group = 0; group < kGroupsPerTile; ++group) {
-    const int64_t first = tile + group * 8;
-    if (first >= seen.end || first + 8 <= seen.begin) {
-      rows.group[group] = kUnseen;
-    } else if (group > 0 && rows.group[group - 1] != kUnseen && a.block_size % kTilePositions == 0) {
-      rows.group[group] = rows.group[group - 1] + 8;  // a division costs as much as the rest of this function
-    } else {
-      const int64_t block = table[static_cast<uint32_t>(first) / static_cast<uint32_t>(a.block_size)];
-      const int64_t offset = static_cast<uint32_t>(first) % static_cast<uint32_t>(a.block_size);
-      rows.group[group] = (block * a.kv_heads + piece.kv_head) * a.block_size + offset;
+  const int64_t element_bytes = a.block_size * a.head_size * static_cast<int64_t>(sizeof(Stored));
+  const int64_t block_bytes = element_bytes + (sizeof(Stored) == 1 ? a.block_size * 4 : 0);
+  TileRuns<Stored> runs;
+#pragma GCC unroll 2
+  for (int run = 0; run < kRunsPerTile; ++run) {
+    const int64_t first = tile + run * kRunPositions;
+    if (first >= seen.end || first + kRunPositions <= seen.begin) {
+      runs.keys[run] = runs.values[run] = nullptr;
+      continue;
     }
+    const int64_t block = table[static_cast<uint32_t>(first) / static_cast<uint32_t>(a.block_size)];
+    const int64_t offset = static_cast<uint32_t>(first) % static_cast<uint32_t>(a.block_size);
+    const int64_t start = (block * a.kv_heads + piece.kv_head) * block_bytes;
+    const int64_t elements = start + offset * a.head_size * static_cast<int64_t>(sizeof(Stored));
+    const int64_t scales = start + element_bytes + offset * 4;
+    runs.keys[run] = reinterpret_cast<const Unit*>(static_cast<const uint8_t*>(a.keys) + elements);
+    runs.values[run] = reinterpret_cast<const Unit*>(static_cast<const uint8_t*>(a.values) + elements);
+    runs.key_scales[run] = reinterpret_cast<const float*>(static_cast<const uint8_t*>(a.keys) + scales);
+    runs.value_scales[run] = reinterpret_cast<const float*>(static_cast<const uint8_t*>(a.values) + scales);
   }
-  return rows;
-}
-
-// Asks for `bytes` bytes of the pool at the given row. A row that is not seen asks for nothing new.
-WEFT_INLINE void prefetch_rows(const void* pool, int64_t row_bytes, int64_t row, int64_t bytes) {
-  const uint8_t* const from = static_cast<const uint8_t*>(pool) + (row == kUnseen ? 0 : row) * row_bytes;
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+  return runs;
 }
 
 // What a thread visits: one piece, and the piece after it, whose first tiles are asked for in time.
@@ -436,141 +497,218 @@ WEFT_INLINE Seen seen_by(const AttentionArguments& a, const AttentionPiece& piec
 
 WEFT_INLINE int64_t first_tile_of(const Seen& seen) { return seen.begin / kTilePositions * kTilePositions; }
 
-// Rows of the tile at `tile`, or of the next piece when this one ends before.
-WEFT_INLINE TileRows find_later_rows(const AttentionArguments& a, const Visit& visit, int64_t tile) {
+// Runs of the tile at `tile`, or of the next piece when this one ends before.
+template <typename Stored>
+WEFT_INLINE TileRuns<Stored> find_later_runs(const AttentionArguments& a, const Visit& visit, int64_t tile) {
   const int64_t past = tile - round_up(visit.seen.end, kTilePositions);
-  if (past < 0 || visit.next == nullptr) return find_rows(a, *visit.piece, visit.seen, tile);
-  return find_rows(a, *visit.next, visit.next_seen, first_tile_of(visit.next_seen) + past);
+  if (past < 0 || visit.next == nullptr) return find_runs<Stored>(a, *visit.piece, visit.seen, tile);
+  return find_runs<Stored>(a, *visit.next, visit.next_seen, first_tile_of(visit.next_seen) + past);
 }
 
-// Lays the keys of a tile out as a panel of 32 columns. While it reads a group of positions it asks for the same group
-// of a tile that comes later: spread like this requests reach twice the rate of requests made in a burst.
-template <typename Arithmetic, typename Stored>
-WEFT_INLINE void gather_keys(const AttentionArguments& a, const TileRows& at, const TileRows& later, uint32_t* panel,
-                             float* widened) {
-  const int64_t words = a.head_size / Arithmetic::kPerWord;
-  const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
-  for (int64_t first = 0; first < kTilePositions; first += kTransposeSize) {
-    const uint32_t* rows[kTransposeSize];
-#pragma GCC unroll 2
-    for (int i = 0; i < kTransposeSize; i += 8) {
-      const int64_t row = at.group[(first + i) / 8];
-      const Stored* base = static_cast<const Stored*>(a.keys) + row * a.head_size;
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) {
-        if (row == kUnseen) {
-          rows[i + j] = kZeroRow;
-        } else if constexpr (sizeof(Stored) == sizeof(typename Arithmetic::Element)) {
-          rows[i + j] = reinterpret_cast<const uint32_t*>(base + j * a.head_size);
-        } else {
-          convert_elements(base + j * a.head_size, widened + (i + j) * a.head_size, a.head_size);
-          rows[i + j] = reinterpret_cast<const uint32_t*>(widened + (i + j) * a.head_size);
-        }
-      }
-    }
-    const int64_t steps = (words + kTransposeSize - 1) / kTransposeSize;
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t word = step * kTransposeSize;
-      for (int group = 0; group < kTransposeSize / 8; ++group) {
-        const int64_t bytes = 8 * row_bytes / steps;
-        const int64_t row = later.group[first / 8 + group];
-        prefetch_rows(static_cast<const uint8_t*>(a.keys) + step * bytes, row_bytes, row, bytes);
-      }
-      transpose_words(rows, smaller(words - word, kTransposeSize), panel + word * kTilePositions + first,
-                      kTilePositions);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTransposeSize; ++i) rows[i] += kTransposeSize;
-    }
-  }
-}
-
-// Row of values of the tile's position number `index`; zeros when it is not seen, which only tiles at the ends need
-// to look at.
-template <typename Stored>
-WEFT_INLINE const Stored* value_row(const AttentionArguments& a, const TileRows& at, int64_t index) {
-  return static_cast<const Stored*>(a.values) + (at.group[index / 8] + index % 8) * a.head_size;
-}
-template <typename Stored>
-WEFT_INLINE const Stored* value_row_or_zeros(const AttentionArguments& a, const TileRows& at, const Seen& seen,
-                                             int64_t tile, int64_t index) {
-  const bool is_seen = tile + index >= seen.begin && tile + index < seen.end;
-  return is_seen ? value_row<Stored>(a, at, index) : reinterpret_cast<const Stored*>(kZeroRow);
-}
 WEFT_INLINE bool is_whole(const Seen& seen, int64_t tile) {
   return tile >= seen.begin && tile + kTilePositions <= seen.end;
 }
 
-struct FloatArithmetic {
-  using Dot = FloatDot;
-  using Element = float;
-  static constexpr int64_t kPerWord = 1;
-  static constexpr int kTermsOfExp2 = 5;
-
-  WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
-    for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
-  }
-
-  // Lays the values of a tile out for sums over positions.
-  template <typename Stored>
-  WEFT_INLINE void gather_values(const AttentionArguments& a, const TileRows& at, const TileRows& later, const Seen& seen,
-                                 int64_t tile, uint32_t* panel) {
-    const int64_t width = output_width(a);
-    const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
-    for (int64_t index = 0; index < kTilePositions; ++index) {
-      if (index % 8 == 0) prefetch_rows(a.values, row_bytes, later.group[index / 8], 8 * row_bytes);
-      const Stored* from = value_row_or_zeros<Stored>(a, at, seen, tile, index);
-      float* out = reinterpret_cast<float*>(panel) + index * width;
-      for (int64_t d = 0; d < width; d += kLanes) store(out + d, load_up_to(from + d, larger(a.head_size - d, 0)));
-    }
-  }
-};
-
-#ifdef __AVX512BF16__
-// Arithmetic in bfloat16 pairs, with one rounding of the softmax weights to bfloat16.
-struct PairArithmetic {
-  using Dot = Bf16Dot;
-  using Element = uint16_t;
-  static constexpr int64_t kPerWord = 2;
-  static constexpr int kTermsOfExp2 = 4;
-
-  WEFT_INLINE void store_weights(Element* out, const Floats (&p)[kVectorsPerPanel]) {
-    for (int vector = 0; vector < kVectorsPerPanel; ++vector) store(out + vector * kLanes, p[vector]);
-  }
-
-  template <typename Stored>
-  WEFT_INLINE void gather_values(const AttentionArguments& a, const TileRows& at, const TileRows& later, const Seen& seen,
-                                 int64_t tile, uint32_t* panel) {
-    static_assert(sizeof(Stored) == sizeof(Element), "pairs are read as they are stored");
-    const int64_t width = output_width(a);
-    const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
-    if (is_whole(seen, tile)) {
-      for (int64_t index = 0; index < kTilePositions; index += 2) {
-        const int64_t row = later.group[index / 8];
-        prefetch_rows(a.values, row_bytes, row == kUnseen ? row : row + index % 8, 2 * row_bytes);
-        const Stored* even = value_row<Stored>(a, at, index);
-        interleave_pairs(even, even + a.head_size, panel + index / 2 * width, a.head_size);
-      }
-      return;
-    }
-    for (int64_t index = 0; index < kTilePositions; index += 2) {
-      interleave_pairs(value_row_or_zeros<Stored>(a, at, seen, tile, index),
-                       value_row_or_zeros<Stored>(a, at, seen, tile, index + 1), panel + index / 2 * width,
-                       a.head_size);
-    }
-  }
-};
-#endif
-
-// What all rows of a piece share while a tile is visited.
+// What all rows of a piece share while a tile is visited. Units are read from the pool where they stand; meanwhile
+// those of a later tile are asked for, one by one: spread like this requests reach twice the rate of a burst.
+template <typename Stored>
 struct Tile {
+  using Unit = typename Held<Stored>::Unit;
   int64_t first;           // absolute position of its first key
   int64_t first_position;  // absolute position of the piece's first query
   int64_t group;           // query heads per key head
+  const Unit* keys[kRunsPerTile];
+  const Unit* keys_ahead[kRunsPerTile];
+  const Unit* values[kRunsPerTile];
+  const Unit* values_ahead[kRunsPerTile];
+  int64_t value_stride;  // units from one step over positions to the next
+
+  void look_at(const TileRuns<Stored>& at, const TileRuns<Stored>& later) {
+    // One of the runs is there, or the tile would not be visited.
+    const Unit* const some_keys = at.keys[0] != nullptr ? at.keys[0] : at.keys[1];
+    for (int run = 0; run < kRunsPerTile; ++run) {
+      keys[run] = at.keys[run] != nullptr ? at.keys[run] : some_keys;
+      values[run] = at.values[run];
+      keys_ahead[run] = later.keys[run] != nullptr ? later.keys[run] : keys[run];
+      values_ahead[run] = later.values[run] != nullptr ? later.values[run] : some_keys;
+    }
+  }
+};
+
+// Copies the values of a tile with zeros where nobody sees a position and where the head ends within a vector.
+template <typename Stored>
+void copy_values(const AttentionArguments& a, const TileRuns<Stored>& at, const Seen& seen, int64_t tile,
+                 typename Held<Stored>::Unit* out) {
+  using Unit = typename Held<Stored>::Unit;
+  constexpr int64_t kPerUnit = Held<Stored>::kPerUnit;
+  constexpr Unit kElement = static_cast<Unit>(~Unit{0}) >> (sizeof(Unit) - sizeof(Stored)) * 8;
+  const int64_t width = output_width(a);
+  for (int64_t index = 0; index < kTilePositions; index += kPerUnit, out += width) {
+    Unit kept = 0;
+    for (int64_t element = 0; element < kPerUnit; ++element) {
+      const int64_t position = tile + index + element;
+      if (position >= seen.begin && position < seen.end) kept |= kElement << element * sizeof(Stored) * 8;
+    }
+    int64_t copied = 0;
+    if (kept != 0) {
+      const Unit* const from = at.values[index / kRunPositions] + index % kRunPositions / kPerUnit * a.head_size;
+      for (; copied < a.head_size; ++copied) out[copied] = from[copied] & kept;
+    }
+    for (int64_t d = copied; d < width; ++d) out[d] = 0;
+  }
+}
+
+// sums[row][vector] += Σ over steps of x[row][step] · units of the step: one fixed chain of additions per element.
+// Vectors are kRuns groups of kVectors, each group read from its own run of units; steps are `stride` units apart.
+template <typename Dot, int kRows, int kRuns, int kVectors, typename Unit>
+WEFT_INLINE void accumulate_units(typename Dot::Sum (&sums)[kRows][kRuns * kVectors], const uint8_t* x,
+                                  int64_t x_row_bytes, const Unit* const* runs, const Unit* const* ahead,
+                                  int64_t stride, int64_t steps) {
+  for (int64_t step = 0; step < steps; ++step) {
+    Integers units[kRuns * kVectors];
+#pragma GCC unroll 4
+    for (int run = 0; run < kRuns; ++run) {
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector) {
+        const int64_t place = step * stride + vector * kLanes;
+        units[run * kVectors + vector] = (Integers)load_units(runs[run] + place);
+        if (vector * kLanes * sizeof(Unit) % 64 == 0) __builtin_prefetch(ahead[run] + place);
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+      for (int vector = 0; vector < kRuns * kVectors; ++vector) {
+        sums[row][vector] = Dot::step(sums[row][vector], x + row * x_row_bytes, (Words)units[vector]);
+      }
+    }
+    x += Dot::kBytesOfX;
+  }
+}
+
+// Sums that are floats from the start.
+template <typename StepOfDot>
+struct FloatSums : StepOfDot {
+  using Sum = Floats;
+  WEFT_INLINE Sum nothing() { return zero(); }
+};
+
+// An arithmetic says what queries and weights are made of, how they meet units of the pool, and what the sums mean.
+template <typename Element_, typename Stored_, typename StepOfDot, int kTerms>
+struct PlainArithmetic {
+  using Element = Element_;
+  using Stored = Stored_;
+  using Dot = FloatSums<StepOfDot>;
+  static constexpr int kTermsOfExp2 = kTerms;
+
+  WEFT_INLINE void look_at(const Workspace&, const TileRuns<Stored>&, const TileRuns<Stored>&, const Seen&, int64_t) {}
+  WEFT_INLINE Floats score(const Workspace&, Floats sum, int64_t, int) { return sum; }
+  WEFT_INLINE Floats output(const Workspace&, Floats sum, int64_t) { return sum; }
+
+  template <int kRows>
+  WEFT_INLINE void store_weights(const Workspace& w, int64_t row, Floats (&p)[kRows][kVectorsPerPanel]) {
+    Element* const out = reinterpret_cast<Element*>(w.weights) + row * kTilePositions;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+        store(out + r * kTilePositions + vector * kLanes, p[r][vector]);
+      }
+    }
+  }
+};
+
+template <typename Stored>
+struct FloatArithmetic;
+template <>
+struct FloatArithmetic<float> : PlainArithmetic<float, float, FloatDot, 5> {};
+template <>
+struct FloatArithmetic<uint16_t> : PlainArithmetic<float, uint16_t, WidenedDot, 5> {};
+#ifdef __AVX512BF16__
+// bfloat16 throughout, with one rounding of the softmax weights to bfloat16.
+struct PairArithmetic : PlainArithmetic<uint16_t, uint16_t, Bf16Dot, 4> {};
+#endif
+
+// Codes of 8 bits meet queries and weights of 16, in exact integers. A query is rounded once to 15 bits of its largest
+// element; so are a row's weights in a tile, each times the scale of its value.
+struct CodeArithmetic {
+  using Element = int16_t;
+  using Stored = int8_t;
+  static constexpr int kTermsOfExp2 = 4;
+  // |sum| stays below 2³¹ with 1,024 dimensions, and with 32 positions.
+  static constexpr float kLargestQuery = 16383.0f;
+  static constexpr float kLargestWeight = 32767.0f;
+
+  struct Dot {
+    using Sum = Integers;
+    static constexpr int kBytesOfX = 4;
+    WEFT_INLINE Sum nothing() { return no_integers(); }
+    WEFT_INLINE Sum step(Sum sum, const uint8_t* x, Words w) { return dot_integers(sum, broadcast_word(x), w); }
+  };
+
+  WEFT_INLINE void look_at(const Workspace& w, const TileRuns<Stored>& at, const TileRuns<Stored>& later,
+                           const Seen& seen, int64_t tile) {
+    for (int run = 0; run < kRunsPerTile; ++run) {
+      float* const key_scales = w.key_scales + run * kRunPositions;
+      float* const value_scales = w.value_scales + run * kRunPositions;
+      if (later.keys[run] != nullptr) {
+        __builtin_prefetch(later.key_scales[run]);
+        __builtin_prefetch(later.value_scales[run]);
+      }
+      if (at.keys[run] == nullptr) {
+        for (int i = 0; i < kRunPositions; ++i) key_scales[i] = value_scales[i] = 0.0f;
+        continue;
+      }
+      for (int i = 0; i < kRunPositions; i += kLanes) {
+        store(key_scales + i, load(at.key_scales[run] + i));
+        store(value_scales + i, load(at.value_scales[run] + i));
+      }
+    }
+    if (is_whole(seen, tile)) return;
+    for (int i = 0; i < kTilePositions; ++i) {
+      if (tile + i < seen.begin || tile + i >= seen.end) w.value_scales[i] = 0.0f;
+    }
+  }
+
+  WEFT_INLINE Floats score(const Workspace& w, Integers sum, int64_t row, int vector) {
+    const Floats scale = multiply(set(w.q_scales[row]), load(w.key_scales + vector * kLanes));
+    return multiply(to_floats(sum), scale);
+  }
+  WEFT_INLINE Floats output(const Workspace& w, Integers sum, int64_t row) {
+    return multiply(to_floats(sum), set(w.weight_scales[row]));
+  }
+
+  template <int kRows>
+  WEFT_INLINE void store_weights(const Workspace& w, int64_t row, Floats (&p)[kRows][kVectorsPerPanel]) {
+    Floats heaviest[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+        p[r][vector] = multiply(p[r][vector], load(w.value_scales + vector * kLanes));
+      }
+      heaviest[r] = p[r][0];
+#pragma GCC unroll 4
+      for (int vector = 1; vector < kVectorsPerPanel; ++vector) heaviest[r] = max(p[r][vector], heaviest[r]);
+    }
+    const Floats largest = max(max_of_each(heaviest), set(1e-30f));
+    const Floats inverse = divide(set(kLargestWeight), largest);
+    store_first(w.weight_scales + row, multiply(largest, set(1.0f / kLargestWeight)), kRows);
+    Element* const out = reinterpret_cast<Element*>(w.weights) + row * kTilePositions;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Floats factor = lane(inverse, r);
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+        store_rounded(out + r * kTilePositions + vector * kLanes, multiply(p[r][vector], factor));
+      }
+    }
+  }
 };
 
 // Online softmax of kRows rows over a tile: `scores` become weights, the rows' m and l are brought up to date.
 template <typename Arithmetic, int kRows>
-WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row,
+WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w,
+                             const Tile<typename Arithmetic::Stored>& tile, int64_t row,
                              Floats (&scores)[kRows][kVectorsPerPanel]) {
   constexpr int kTerms = Arithmetic::kTermsOfExp2;
   const bool is_capped = a.softcap > 0.0f;
@@ -608,28 +746,40 @@ WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w, co
       sum = add(sum, score);
     }
     store(l, sum);
-    Arithmetic::store_weights(
-        reinterpret_cast<typename Arithmetic::Element*>(w.weights) + (row + r) * kTilePositions, scores[r]);
   }
+  Arithmetic::template store_weights<kRows>(w, row, scores);
 }
 
-// Scores of kRows rows against a tile, and what they do to the softmax.
+// Scores of kRows rows against a tile, and what they do to the softmax. Not inlined, so that each number of rows has
+// the registers for itself.
 template <typename Arithmetic, int kRows>
-WEFT_INLINE void score_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row) {
-  Floats scores[kRows][kVectorsPerPanel];
-  for (auto& of_row : scores) {
-    for (Floats& score : of_row) score = zero();
+__attribute__((noinline)) void score_rows(const AttentionArguments& a, const Workspace& w,
+                            const Tile<typename Arithmetic::Stored>& tile, int64_t row) {
+  using Dot = typename Arithmetic::Dot;
+  typename Dot::Sum sums[kRows][kVectorsPerPanel];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (auto& sum : sums[r]) sum = Dot::nothing();
   }
   const int64_t row_bytes = a.head_size * static_cast<int64_t>(sizeof(typename Arithmetic::Element));
-  accumulate<typename Arithmetic::Dot, kRows, 1, kVectorsPerPanel, 0>(
-      scores, w.q + row * row_bytes, row_bytes, reinterpret_cast<const uint8_t*>(w.keys), 0, kTilePositions * 4,
-      a.head_size / Arithmetic::kPerWord);
+  accumulate_units<Dot, kRows, kRunsPerTile, kRunPositions / kLanes>(
+      sums, w.q + row * row_bytes, row_bytes, tile.keys, tile.keys_ahead, kRunPositions,
+      a.head_size / Held<typename Arithmetic::Stored>::kPerUnit);
+  Floats scores[kRows][kVectorsPerPanel];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+      scores[r][vector] = Arithmetic::score(w, sums[r][vector], row + r, vector);
+    }
+  }
   update_rows<Arithmetic, kRows>(a, w, tile, row, scores);
 }
 
 template <typename Arithmetic, int kRows = kScoreRows>
-WEFT_INLINE void score_some_rows(const AttentionArguments& a, const Workspace& w, const Tile& tile, int64_t row,
-                                 int64_t rows) {
+WEFT_INLINE void score_some_rows(const AttentionArguments& a, const Workspace& w,
+                                 const Tile<typename Arithmetic::Stored>& tile, int64_t row, int64_t rows) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return score_some_rows<Arithmetic, kRows - 1>(a, w, tile, row, rows);
   }
@@ -638,39 +788,51 @@ WEFT_INLINE void score_some_rows(const AttentionArguments& a, const Workspace& w
 
 // o = o · decay + weights · values for kRows rows and kVectors vectors of the head.
 template <typename Arithmetic, int kRows, int kVectors>
-WEFT_INLINE void gather_rows(const AttentionArguments& a, const Workspace& w, int64_t row, int64_t column) {
+WEFT_INLINE void gather_rows(const AttentionArguments& a, const Workspace& w,
+                             const Tile<typename Arithmetic::Stored>& tile, int64_t row, int64_t column) {
+  using Dot = typename Arithmetic::Dot;
+  constexpr int64_t kElementBytes = sizeof(typename Arithmetic::Element);
+  constexpr int64_t kSteps = kRunPositions / Held<typename Arithmetic::Stored>::kPerUnit;
   const int64_t width = output_width(a);
-  constexpr int64_t kRowBytes = kTilePositions * sizeof(typename Arithmetic::Element);
-  Floats sums[kRows][kVectors];
-  for (auto& of_row : sums) {
-    for (Floats& sum : of_row) sum = zero();
+  typename Dot::Sum sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (auto& sum : sums[r]) sum = Dot::nothing();
   }
-  accumulate<typename Arithmetic::Dot, kRows, 1, kVectors, 0>(
-      sums, w.weights + row * kRowBytes, kRowBytes, reinterpret_cast<const uint8_t*>(w.values + column), 0, width * 4,
-      kTilePositions / Arithmetic::kPerWord);
+#pragma GCC unroll 2
+  for (int run = 0; run < kRunsPerTile; ++run) {
+    const auto* const units = tile.values[run] + column;
+    const auto* const ahead = tile.values_ahead[run] + column;
+    accumulate_units<Dot, kRows, 1, kVectors>(
+        sums, w.weights + (row * kTilePositions + run * kRunPositions) * kElementBytes, kTilePositions * kElementBytes,
+        &units, &ahead, tile.value_stride, kSteps);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     const Floats decay = set(w.decay[row + r]);
     float* const o = w.part.o + (row + r) * width + column;
 #pragma GCC unroll 4
     for (int vector = 0; vector < kVectors; ++vector) {
-      store(o + vector * kLanes, fma(load(o + vector * kLanes), decay, sums[r][vector]));
+      const Floats gathered = Arithmetic::output(w, sums[r][vector], row + r);
+      store(o + vector * kLanes, fma(load(o + vector * kLanes), decay, gathered));
     }
   }
 }
 
 template <typename Arithmetic, int kRows = kOutputRows>
-WEFT_INLINE void gather_some_rows(const AttentionArguments& a, const Workspace& w, int64_t row, int64_t rows) {
+WEFT_INLINE void gather_some_rows(const AttentionArguments& a, const Workspace& w,
+                                  const Tile<typename Arithmetic::Stored>& tile, int64_t row, int64_t rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return gather_some_rows<Arithmetic, kRows - 1>(a, w, row, rows);
+    if (rows < kRows) return gather_some_rows<Arithmetic, kRows - 1>(a, w, tile, row, rows);
   }
   static_assert(kOutputVectors == 4, "one branch per rest");
   int64_t column = 0;
   int64_t left = output_width(a) / kLanes;
-  for (; left >= 4; left -= 4, column += 4 * kLanes) gather_rows<Arithmetic, kRows, 4>(a, w, row, column);
-  if (left == 3) gather_rows<Arithmetic, kRows, 3>(a, w, row, column);
-  if (left == 2) gather_rows<Arithmetic, kRows, 2>(a, w, row, column);
-  if (left == 1) gather_rows<Arithmetic, kRows, 1>(a, w, row, column);
+  for (; left >= 4; left -= 4, column += 4 * kLanes) gather_rows<Arithmetic, kRows, 4>(a, w, tile, row, column);
+  if (left == 3) gather_rows<Arithmetic, kRows, 3>(a, w, tile, row, column);
+  if (left == 2) gather_rows<Arithmetic, kRows, 2>(a, w, tile, row, column);
+  if (left == 1) gather_rows<Arithmetic, kRows, 1>(a, w, tile, row, column);
 }
 
 WEFT_INLINE void clear(const AttentionArguments& a, const State& state, int64_t rows) {
@@ -684,31 +846,44 @@ WEFT_INLINE void clear(const AttentionArguments& a, const State& state, int64_t 
 
 // Visits the tiles of one part. A row takes part in a tile only when it sees a key there, so that what it computes
 // does not depend on which rows stand beside it.
-template <typename Arithmetic, typename Stored>
+template <typename Arithmetic>
 __attribute__((noinline)) void visit_part(const AttentionArguments& a, const Visit& visit, int64_t part,
                                           const Workspace& w) {
+  using Stored = typename Arithmetic::Stored;
+  using Unit = typename Held<Stored>::Unit;
   const AttentionPiece& piece = *visit.piece;
   const int64_t group = a.query_heads / a.kv_heads;
   const int64_t first_position = first_position_of(a, piece);
   const int64_t end_tile = smaller((part + 1) * kPartPositions, visit.seen.end);
-  Tile tile{larger(part * kPartPositions, first_tile_of(visit.seen)), first_position, group};
+  Tile<Stored> tile;
+  tile.first_position = first_position;
+  tile.group = group;
   clear(a, w.part, piece.num_queries * group);
-  for (; tile.first < end_tile; tile.first += kTilePositions) {
+  for (tile.first = larger(part * kPartPositions, first_tile_of(visit.seen)); tile.first < end_tile;
+       tile.first += kTilePositions) {
     const int64_t first_row = larger(tile.first - first_position, 0) * group;
     // The window has passed the tile for queries from its last key's position + window on.
     const int64_t end_query = a.window > 0 ? tile.first + kTilePositions - 1 + a.window - first_position
                                            : piece.num_queries;
     const int64_t end_row = smaller(end_query, piece.num_queries) * group;
     if (first_row >= end_row) continue;
-    const TileRows at = find_rows(a, piece, visit.seen, tile.first);
-    const TileRows later = find_later_rows(a, visit, tile.first + kTilePositions);
-    gather_keys<Arithmetic, Stored>(a, at, later, w.keys, w.row);
-    Arithmetic::template gather_values<Stored>(a, at, later, visit.seen, tile.first, w.values);
+    const TileRuns<Stored> at = find_runs<Stored>(a, piece, visit.seen, tile.first);
+    const TileRuns<Stored> later = find_later_runs<Stored>(a, visit, tile.first + kTilePositions);
+    tile.look_at(at, later);
+    tile.value_stride = a.head_size;
+    if (!is_whole(visit.seen, tile.first) || a.head_size % kLanes != 0) {
+      Unit* const copy = reinterpret_cast<Unit*>(w.values);
+      copy_values<Stored>(a, at, visit.seen, tile.first, copy);
+      tile.value_stride = output_width(a);
+      tile.values[0] = copy;
+      tile.values[1] = copy + kRunPositions / Held<Stored>::kPerUnit * tile.value_stride;
+    }
+    Arithmetic::look_at(w, at, later, visit.seen, tile.first);
     for (int64_t row = first_row; row < end_row; row += kScoreRows) {
       score_some_rows<Arithmetic>(a, w, tile, row, end_row - row);
     }
     for (int64_t row = first_row; row < end_row; row += kOutputRows) {
-      gather_some_rows<Arithmetic>(a, w, row, end_row - row);
+      gather_some_rows<Arithmetic>(a, w, tile, row, end_row - row);
     }
   }
 }
@@ -764,11 +939,33 @@ WEFT_INLINE bool uses_pairs(const AttentionArguments& a) {
   return kHasBf16Dot && a.dtype == kBfloat16 && a.kv_dtype == kBfloat16;
 }
 
+// One query in 15 bits and its scale. What is no number makes the scale infinite and the scores NaN.
+template <typename Element>
+void round_query(const Element* q, int64_t width, int16_t* out, float* scale) {
+  const Widest widest = widest_of(q, width);
+  const float inverse = widest.is_finite && widest.value > 0.0f ? CodeArithmetic::kLargestQuery / widest.value : 0.0f;
+  *scale = widest.is_finite ? widest.value / CodeArithmetic::kLargestQuery : __builtin_inff();
+  round_elements(q, inverse, out, width);
+}
+
 // All query heads of a group of one token, as rows number query · group … of the workspace.
 void gather_query(const AttentionArguments& a, int64_t token, int64_t kv_head, int64_t query, const Workspace& w) {
-  const DataType arithmetic = uses_pairs(a) ? kBfloat16 : kFloat32;
-  const int64_t width = a.query_heads / a.kv_heads * a.head_size;
+  const int64_t group = a.query_heads / a.kv_heads;
+  const int64_t width = group * a.head_size;
   const int64_t from = token * a.q_stride + kv_head * width;
+  if (a.kv_dtype == kInt8) {
+    for (int64_t head = 0; head < group; ++head) {
+      const int64_t row = query * group + head, element = from + head * a.head_size;
+      int16_t* const out = reinterpret_cast<int16_t*>(w.q) + row * a.head_size;
+      if (a.dtype == kFloat32) {
+        round_query(static_cast<const float*>(a.q) + element, a.head_size, out, w.q_scales + row);
+      } else {
+        round_query(static_cast<const uint16_t*>(a.q) + element, a.head_size, out, w.q_scales + row);
+      }
+    }
+    return;
+  }
+  const DataType arithmetic = uses_pairs(a) ? kBfloat16 : kFloat32;
   convert_row(static_cast<const uint8_t*>(a.q) + from * bytes_per_element(a.dtype), a.dtype,
               w.q + query * width * bytes_per_element(arithmetic), arithmetic, width);
 }
@@ -782,10 +979,11 @@ void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, co
 
 void visit_any(const AttentionArguments& a, const Visit& visit, int64_t part, const Workspace& w) {
 #ifdef __AVX512BF16__
-  if (uses_pairs(a)) return visit_part<PairArithmetic, uint16_t>(a, visit, part, w);
+  if (uses_pairs(a)) return visit_part<PairArithmetic>(a, visit, part, w);
 #endif
-  if (a.kv_dtype == kFloat32) return visit_part<FloatArithmetic, float>(a, visit, part, w);
-  visit_part<FloatArithmetic, uint16_t>(a, visit, part, w);
+  if (a.kv_dtype == kInt8) return visit_part<CodeArithmetic>(a, visit, part, w);
+  if (a.kv_dtype == kFloat32) return visit_part<FloatArithmetic<float>>(a, visit, part, w);
+  visit_part<FloatArithmetic<uint16_t>>(a, visit, part, w);
 }
 
 WEFT_INLINE Visit visit_of(const AttentionArguments& a, const AttentionPiece& piece, const AttentionPiece* next) {
@@ -861,9 +1059,69 @@ WEFT_INLINE void rotate_head(const Element* x, Out* out, const float* cos_sin, i
   for (int64_t i = 2 * half; i < width; i += kLanes) store_up_to(out + i, load_up_to(x + i, width - i), width - i);
 }
 
+// Where a position stands in the pool: its block's units, and its place in the block.
+struct Place {
+  void* block;
+  int64_t offset;
+  int64_t block_size;
+};
+
+// One position's key and value into the units of the pool.
+template <typename Stored>
+WEFT_INLINE void store_key(const Stored* x, int64_t width, const Place& at) {
+  using Unit = typename Held<Stored>::Unit;
+  constexpr int64_t kPerUnit = Held<Stored>::kPerUnit;
+  Unit* const out = static_cast<Unit*>(at.block) + at.offset / kRunPositions * (width / kPerUnit * kRunPositions) +
+                    at.offset % kRunPositions;
+  for (int64_t unit = 0; unit < width / kPerUnit; ++unit) {
+    __builtin_memcpy(out + unit * kRunPositions, x + unit * kPerUnit, sizeof(Unit));
+  }
+}
+
+template <typename Stored>
+WEFT_INLINE void store_value(const Stored* x, int64_t width, const Place& at) {
+  constexpr int64_t kPerUnit = Held<Stored>::kPerUnit;
+  Stored* const out = static_cast<Stored*>(at.block) + at.offset / kPerUnit * width * kPerUnit + at.offset % kPerUnit;
+  for (int64_t d = 0; d < width; ++d) out[d * kPerUnit] = x[d];
+}
+
+constexpr int64_t kMaxHeadSize = 1024;
+
+// Codes of one position and, behind the block's codes, their scale. What is no number makes the scale infinite and
+// the codes zero, so that whatever reads them becomes NaN.
+template <typename Element>
+WEFT_INLINE void round_to_codes(const Element* x, int64_t width, const Place& at, int8_t* codes) {
+  const Widest widest = widest_of(x, width);
+  const float inverse = widest.is_finite && widest.value > 0.0f ? 127.0f / widest.value : 0.0f;
+  alignas(64) int16_t rounded[kMaxHeadSize];
+  round_elements(x, inverse, rounded, width);
+  for (int64_t d = 0; d < width; ++d) codes[d] = widest.is_finite ? static_cast<int8_t>(rounded[d]) : 0;
+  const float scale = widest.is_finite ? widest.value / 127.0f : __builtin_inff();
+  __builtin_memcpy(static_cast<uint8_t*>(at.block) + at.block_size * width + at.offset * 4, &scale, 4);
+}
+
+template <typename Element, typename Stored>
+WEFT_INLINE void store_rotated(const Element* k, const Element* v, const float* cos_sin, int64_t half, int64_t width,
+                               const Place& key_place, const Place& value_place) {
+  alignas(64) Stored row[kMaxHeadSize];
+  if constexpr (sizeof(Stored) == 1) {
+    alignas(64) Element rotated[kMaxHeadSize];
+    rotate_head(k, rotated, cos_sin, half, width);
+    round_to_codes(rotated, width, key_place, row);
+    store_key(row, width, key_place);
+    round_to_codes(v, width, value_place, row);
+  } else {
+    rotate_head(k, row, cos_sin, half, width);
+    store_key(row, width, key_place);
+    convert_elements(v, row, width);
+  }
+  store_value(row, width, value_place);
+}
+
 template <typename Element, typename Stored>
 void rotary_and_store_of(const RotaryArguments& a, int64_t first_token, int64_t end_token) {
   const int64_t half = a.rotary_size / 2;
+  const int64_t block_bytes = a.block_size * bytes_per_position(a.head_size, a.kv_dtype);
   for (int64_t token = first_token; token < end_token; ++token) {
     const float* cos_sin = a.cos_sin + a.positions[token] * a.rotary_size;
     Element* q = static_cast<Element*>(a.q) + token * a.q_stride;
@@ -875,20 +1133,27 @@ void rotary_and_store_of(const RotaryArguments& a, int64_t first_token, int64_t 
     const Element* k = static_cast<const Element*>(a.k) + token * a.k_stride;
     const Element* v = static_cast<const Element*>(a.v) + token * a.v_stride;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
-      const int64_t row = (slot / a.block_size * a.kv_heads + head) * a.block_size + slot % a.block_size;
-      rotate_head(k + head * a.head_size, static_cast<Stored*>(a.keys) + row * a.head_size, cos_sin, half,
-                  a.head_size);
-      convert_elements(v + head * a.head_size, static_cast<Stored*>(a.values) + row * a.head_size, a.head_size);
+      const int64_t start = (slot / a.block_size * a.kv_heads + head) * block_bytes;
+      const int64_t offset = slot % a.block_size;
+      store_rotated<Element, Stored>(k + head * a.head_size, v + head * a.head_size, cos_sin, half, a.head_size,
+                                     {static_cast<uint8_t*>(a.keys) + start, offset, a.block_size},
+                                     {static_cast<uint8_t*>(a.values) + start, offset, a.block_size});
     }
   }
 }
 
+template <typename Element>
+void rotary_and_store_any(const RotaryArguments& a, int64_t first_token, int64_t end_token) {
+  if (a.kv_dtype == kFloat32) rotary_and_store_of<Element, float>(a, first_token, end_token);
+  if (a.kv_dtype == kBfloat16) rotary_and_store_of<Element, uint16_t>(a, first_token, end_token);
+  if (a.kv_dtype == kInt8) rotary_and_store_of<Element, int8_t>(a, first_token, end_token);
+}
+
 void rotary_and_store(const RotaryArguments& a, int64_t first_token, int64_t end_token) {
-  if (a.dtype == kFloat32 && a.kv_dtype == kFloat32) rotary_and_store_of<float, float>(a, first_token, end_token);
-  if (a.dtype == kFloat32 && a.kv_dtype == kBfloat16) rotary_and_store_of<float, uint16_t>(a, first_token, end_token);
-  if (a.dtype == kBfloat16 && a.kv_dtype == kFloat32) rotary_and_store_of<uint16_t, float>(a, first_token, end_token);
-  if (a.dtype == kBfloat16 && a.kv_dtype == kBfloat16) {
-    rotary_and_store_of<uint16_t, uint16_t>(a, first_token, end_token);
+  if (a.dtype == kFloat32) {
+    rotary_and_store_any<float>(a, first_token, end_token);
+  } else {
+    rotary_and_store_any<uint16_t>(a, first_token, end_token);
   }
 }
 

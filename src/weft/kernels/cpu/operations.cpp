@@ -18,7 +18,8 @@ const KernelTable* best_kernels() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!has_avx512) return &kAvx2Kernels;
-  return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16Kernels : &kAvx512Kernels;
+  const bool has_dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return has_dots ? &kAvx512Bf16Kernels : &kAvx512Kernels;
 }
 
 const KernelTable*& chosen_kernels() {

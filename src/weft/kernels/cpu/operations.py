@@ -10,6 +10,8 @@ from weft.kernels.cpu.library import load
 from weft.kernels.packed import PackedLinear
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+KV_DTYPE_CODES = {**DTYPE_CODES, torch.int8: 2}
+"""What keys and values may be held in."""
 ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1}
 
 DTYPES = frozenset(DTYPE_CODES)
@@ -186,7 +188,7 @@ def rotary_and_store(
         q.shape[2],
         keys.shape[2],
         DTYPE_CODES[q.dtype],
-        DTYPE_CODES[keys.dtype],
+        KV_DTYPE_CODES[keys.dtype],
     )
     if bad:
         token = bad - 1
@@ -213,7 +215,7 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the signature of `ops.paged_att
     """Online softmax over tiles of 32 absolute positions, merged in parts of 512; see `kernels.h`."""
     del max_query_len, max_context_len  # the kernel reads the true lengths
     out = torch.empty(q.shape, dtype=q.dtype)
-    num_blocks, kv_heads, block_size, head_size = keys.shape
+    num_blocks, kv_heads, block_size, _ = keys.shape
     bad = library().weft_paged_attention(
         q.data_ptr(),
         q.stride(0),
@@ -233,10 +235,10 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the signature of `ops.paged_att
         window,
         q.shape[1],
         kv_heads,
-        head_size,
+        q.shape[2],
         block_size,
         DTYPE_CODES[q.dtype],
-        DTYPE_CODES[keys.dtype],
+        KV_DTYPE_CODES[keys.dtype],
     )
     if bad:
         raise InvariantBroken(

@@ -91,7 +91,7 @@ struct Step {
   int64_t num_blocks;
   int64_t block_size;
   DataType kv_dtype;
-  void* const* keys;    // [L] pools [N, Hkv, B, D]
+  void* const* keys;    // [L] pools of [N, Hkv] blocks
   void* const* values;  // [L]
   void* const* buffers;
   int64_t* nanoseconds;  // nullptr, or one per instruction: how long it took is added

@@ -19,7 +19,7 @@ import torch
 
 from weft.errors import InvariantBroken
 from weft.kernels import recording
-from weft.kernels.cpu.operations import ACTIVATION_CODES, DTYPE_CODES, library
+from weft.kernels.cpu.operations import ACTIVATION_CODES, DTYPE_CODES, KV_DTYPE_CODES, library
 from weft.kernels.packed import PackedLinear
 
 _OPERATIONS = (
@@ -46,7 +46,7 @@ class NotExpressible(Exception):
 
 
 class LayerTensors(Protocol):
-    """Keys and values `[N, Hkv, B, D]` of one layer."""
+    """Keys and values `[N, Hkv, B, W]` of one layer, see `kv_layout`."""
 
     @property
     def keys(self) -> torch.Tensor: ...  # noqa: D102
@@ -588,7 +588,7 @@ class Program:
         step, pool = self._step, kv[0].keys
         step.keys, step.values = self._keys, self._values
         step.num_blocks, step.block_size = pool.shape[0], pool.shape[2]
-        step.kv_dtype = DTYPE_CODES[pool.dtype]
+        step.kv_dtype = KV_DTYPE_CODES[pool.dtype]
         self._kv = kv
 
     def _bind_batch(self, batch: StepTensors) -> None:

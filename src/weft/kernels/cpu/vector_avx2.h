@@ -12,6 +12,7 @@ namespace {
 
 using Floats = __m256;
 using Words = __m256i;
+using Integers = int32_t __attribute__((vector_size(32)));
 constexpr int kLanes = 8;
 constexpr int kMaxLinearRows = 3;
 constexpr int kScoreRows = 3;
@@ -90,6 +91,14 @@ WEFT_INLINE void store_first(uint16_t* p, Floats x, int64_t count) {
   for (int64_t i = 0; i < count && i < 8; ++i) p[i] = lanes[i];
 }
 
+WEFT_INLINE void store_rounded(int16_t* p, Floats x) {
+  const Words whole = _mm256_cvtps_epi32(x);
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+}
+
+WEFT_INLINE Floats absolute(Floats x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
 WEFT_INLINE float sum_of_lanes(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -159,6 +168,18 @@ WEFT_INLINE Floats mantissa_of(Floats x) {
 }
 
 WEFT_INLINE Floats broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+WEFT_INLINE Words broadcast_word(const void* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+WEFT_INLINE Words load_units(const uint32_t* p) { return load_words(p); }
+WEFT_INLINE Words load_units(const uint16_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+WEFT_INLINE Integers no_integers() { return Integers{}; }
+WEFT_INLINE Floats to_floats(Integers x) { return _mm256_cvtepi32_ps((Words)x); }
+WEFT_INLINE Integers dot_integers(Integers sum, Words x, Words w) { return sum + (Integers)_mm256_madd_epi16(x, w); }
 WEFT_INLINE Floats low_halves(Words pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 WEFT_INLINE Floats high_halves(Words pairs) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));

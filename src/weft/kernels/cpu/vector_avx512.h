@@ -15,6 +15,8 @@ namespace {
 
 using Floats = __m512;
 using Words = __m512i;
+// Sums of integers have a type of their own: as Words the compiler copies them from register to register.
+using Integers = int32_t __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 constexpr int kMaxLinearRows = 12;
 constexpr int kScoreRows = 8;
@@ -73,6 +75,13 @@ WEFT_INLINE void store(uint16_t* p, Floats x) { _mm256_storeu_si256(reinterpret_
 WEFT_INLINE void store_first(uint16_t* p, Floats x, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), narrow(x));
 }
+
+// Rounded to the nearest integer, ties to even.
+WEFT_INLINE void store_rounded(int16_t* p, Floats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+
+WEFT_INLINE Floats absolute(Floats x) { return _mm512_abs_ps(x); }
 
 // Sums and maxima of the lanes, always in the same order.
 WEFT_INLINE float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
@@ -143,6 +152,22 @@ WEFT_INLINE Words broadcast_word(const void* p) {
   __builtin_memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
+// Units of the KV pool as words: 32 bits as they are, two codes of 8 bits widened to 16 each.
+WEFT_INLINE Words load_units(const uint32_t* p) { return _mm512_loadu_si512(p); }
+WEFT_INLINE Words load_units(const uint16_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+WEFT_INLINE Integers no_integers() { return Integers{}; }
+WEFT_INLINE Floats to_floats(Integers x) { return _mm512_cvtepi32_ps((Words)x); }
+// sum + x0 · w0 + x1 · w1 per lane, for pairs of 16-bit integers: exact.
+WEFT_INLINE Integers dot_integers(Integers sum, Words x, Words w) {
+#ifdef __AVX512VNNI__
+  return (Integers)_mm512_dpwssd_epi32((Words)sum, x, w);
+#else
+  return sum + (Integers)_mm512_madd_epi16(x, w);
+#endif
+}
+
 // The two bfloat16 of each 32-bit lane as floats.
 WEFT_INLINE Floats low_halves(Words pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 WEFT_INLINE Floats high_halves(Words pairs) {
@@ -171,24 +196,6 @@ WEFT_INLINE void store_interleaved(uint32_t* p, Words a, Words b, Words c, Words
 // sum + x0 · w0 + x1 · w1 per lane, for the pair of bfloat16 at x and the pairs of w.
 WEFT_INLINE Floats dot_bf16(Floats sum, const void* x, Words w) {
   return _mm512_dpbf16_ps(sum, (__m512bh)broadcast_word(x), (__m512bh)w);
-}
-
-// Words (even[d], odd[d]) for d below `count` (a multiple of 8), zeros up to the next multiple of 16.
-WEFT_INLINE void interleave_pairs(const uint16_t* even, const uint16_t* odd, uint32_t* out, int64_t count) {
-  const Words low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                     36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const Words high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  int64_t d = 0;
-  for (; d + 32 <= count; d += 32) {
-    const Words a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
-    _mm512_store_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
-    _mm512_store_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
-  }
-  if (d == count) return;
-  const __mmask32 left = (1u << (count - d)) - 1u;
-  const Words a = _mm512_maskz_loadu_epi16(left, even + d), b = _mm512_maskz_loadu_epi16(left, odd + d);
-  _mm512_store_si512(out + d, _mm512_permutex2var_epi16(a, low, b));
-  if (count - d > 16) _mm512_store_si512(out + d + 16, _mm512_permutex2var_epi16(a, high, b));
 }
 #endif
 

@@ -8,6 +8,8 @@ from weft.models.spec.pooling import PoolingSpec
 from weft.models.weights.partition import head_share
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_KV_SCALE_BYTES = {"int8": 4}
+"""Beside the elements of one key or value, see `kernels.kv_layout`."""
 """Bytes of one number, by the names that `--dtype` takes."""
 
 
@@ -96,10 +98,13 @@ class ModelDescription:
     def kv_bytes_per_token(self, dtype: str, *, rank: int = 0, world_size: int = 1) -> int:
         """Memory of one token's keys and values in every layer, on one rank.
 
+        dtype    of `DTYPE_BYTES`, or `int8`
+
         Raises   DoesNotFitError: more ranks than heads
         """
-        numbers = 0
+        num_bytes = 0
         for layer in self.spec.layers:
             share = head_share(layer.mixer.num_heads, layer.mixer.num_kv_heads, rank, world_size)
-            numbers += 2 * share.key_value.size * layer.mixer.head_dim
-        return numbers * DTYPE_BYTES[dtype]
+            per_head = layer.mixer.head_dim * DTYPE_BYTES.get(dtype, 1) + _KV_SCALE_BYTES.get(dtype, 0)
+            num_bytes += 2 * share.key_value.size * per_head
+        return num_bytes
