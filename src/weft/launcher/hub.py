@@ -52,6 +52,9 @@ _INDEX_FILE = "model.safetensors.index.json"
 # The HTTP library below the hub client has changed with its versions; its root error stands behind the client's own.
 _TRANSFER_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError, HfHubHTTPError.__bases__[0])
 
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
+_NETWORK_REMEDY = "Check network, proxy and HF_ENDPOINT, or serve files that are on this machine."
+
 _T = TypeVar("_T")
 
 
@@ -79,7 +82,7 @@ def fetch_from_hub(
     hub = _Hub(repository, settings, cache)
     if settings.offline:
         return _find_in_cache(hub, file_name)
-    with _hub_errors_explained(repository, settings.revision):
+    with _hub_errors_explained(repository, settings.revision, cache):
         commit, files = retry(hub.list_files)
         wanted = _choose(files, file_name, lambda: retry(lambda: hub.read_index(commit)))
         _check_space(hub, wanted)
@@ -344,7 +347,7 @@ def _cause(error: Exception) -> str:
 
 
 @contextmanager
-def _hub_errors_explained(repository: str, revision: str | None) -> Iterator[None]:
+def _hub_errors_explained(repository: str, revision: str | None, cache: Path) -> Iterator[None]:
     """Turn the hub client's errors into ours, with the remedy."""
     try:
         yield
@@ -359,7 +362,7 @@ def _hub_errors_explained(repository: str, revision: str | None) -> Iterator[Non
     except RevisionNotFoundError as error:
         raise ModelNotFoundError(f"--revision: {repository} has no revision {revision!r}.") from error
     except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(f"{repository} could not be downloaded: {_cause(error)}.") from error
+        raise ModelNotFoundError(f"{repository} could not be downloaded: {_cause(error)}. {_NETWORK_REMEDY}") from error
     except EntryNotFoundError as error:
         raise ModelNotFoundError(f"A file of {repository} is missing on the hub.") from error
     except HfHubHTTPError as error:
@@ -370,6 +373,10 @@ def _hub_errors_explained(repository: str, revision: str | None) -> Iterator[Non
                 "The disk became full during the download; what is there is kept. Make room and start again, "
                 "or choose another disk with --huggingface-hub-cache."
             ) from error
+        if error.errno in _UNWRITABLE:
+            raise ModelNotFoundError(
+                f"--huggingface-hub-cache: cannot write to {str(cache)!r} ({error.strerror}). Choose another directory."
+            ) from error
         raise ModelNotFoundError(f"{repository} could not be downloaded: {error}") from error
     except _TRANSFER_ERRORS as error:
-        raise ModelNotFoundError(f"{repository} could not be downloaded: {_cause(error)}.") from error
+        raise ModelNotFoundError(f"{repository} could not be downloaded: {_cause(error)}. {_NETWORK_REMEDY}") from error

@@ -87,7 +87,9 @@ def fetch_from_registry(wanted: RegistryFile, settings: Settings, report: Report
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise DoesNotFitError(f"The disk is full; choose another with --cache-dir ({error.strerror}).") from error
-        raise ModelNotFoundError(f"Cannot write to the cache (--cache-dir): {error.strerror}.") from error
+        raise ModelNotFoundError(
+            f"--cache-dir: cannot write to {settings.cache_dir!r} ({error.strerror}). Choose another directory."
+        ) from error
     report(Progress(100, f"downloaded {final.name}"))
     return FetchedModel(final, wanted.sha256)
 
