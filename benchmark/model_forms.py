@@ -54,6 +54,10 @@ MATRICES = {
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
+class CannotInstallError(Exception):
+    """Why a peer, or a form of a model for it, cannot be had on this machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelForms:
     """Where the forms of one model are, whether they have been written yet or not."""
@@ -128,7 +132,7 @@ def make_q4_0_gguf(forms: ModelForms, quantize_tool: Path) -> None:
     """Q4_0 by llama.cpp's tool."""
     if not forms.q4_0_gguf.exists():
         with _completed(forms.q4_0_gguf) as partial:
-            _run([quantize_tool, forms.bfloat16_gguf, partial, "Q4_0"])
+            run_tool(quantize_tool, forms.bfloat16_gguf, partial, "Q4_0")
 
 
 def make_openvino_directory(forms: ModelForms, environment: Path, precision: str) -> None:
@@ -138,8 +142,9 @@ def make_openvino_directory(forms: ModelForms, environment: Path, precision: str
         return
     weights = {"bf16": "fp16", "int8": "int8"}[precision]
     with _completed(directory) as partial:
-        command = [environment / "bin" / "optimum-cli", "export", "openvino", "--model", forms.bfloat16_directory]
-        _run([*command, "--task", "text-generation-with-past", "--weight-format", weights, partial])
+        options = ("--task", "text-generation-with-past", "--weight-format", weights)
+        exporter = environment / "bin" / "optimum-cli"
+        run_tool(exporter, "export", "openvino", "--model", forms.bfloat16_directory, *options, partial)
         # The graph holds the model; the configuration is read again to know its sizes and end-of-text token.
         shutil.copy(forms.bfloat16_directory / "config.json", partial / "config.json")
 
@@ -155,9 +160,15 @@ def _completed(target: Path) -> Iterator[Path]:
     partial.rename(target)
 
 
-def _run(command: list[str | Path]) -> None:
-    """A converter, its output on standard error."""
-    subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def run_tool(*command: str | Path) -> None:
+    """An installer, compiler or converter, its output on standard error. Raises CannotInstallError when it fails."""
+    name = Path(command[0]).name
+    try:
+        subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    except OSError as error:
+        raise CannotInstallError(f"{name} cannot be started: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise CannotInstallError(f"{name} ended with {error.returncode}") from error
 
 
 def _remove_end_of_text(directory: Path) -> None:

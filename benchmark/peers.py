@@ -5,7 +5,6 @@ that served them best on two cores, with a KV cache of 2 GiB each, which is seve
 """
 
 import os
-import subprocess
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +109,7 @@ def peer_servers(forms: ModelForms, is_wanted: Callable[[str], bool]) -> tuple[l
             continue
         try:
             servers.append(make(forms, label))
-        except (CannotInstallError, subprocess.CalledProcessError, OSError) as error:
+        except CannotInstallError as error:
             absent[label] = f"cannot be installed here: {error}"
     return servers, absent
 
@@ -180,7 +179,7 @@ def _llamacpp_wheel(forms: ModelForms, label: str) -> Server:
     is_quantized = label.endswith("GGUF")
     gguf = forms.original_gguf if is_quantized else forms.bfloat16_gguf
     if gguf is None:
-        raise CannotInstallError("the large model has no file of its own that is quantized")
+        raise CannotInstallError("the 1.07B model has no quantized file of its own")
 
     def command(slots: int, context: int) -> tuple[str, ...]:
         sizes = ("--slots", str(slots), "--context", str(context))

@@ -27,11 +27,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import peer_environments
 import uvloop
 from gguf import GGUFReader, Keys
 from live_server import LiveServer, ServerEndedError, say, set_autogroup
 from model_forms import ModelForms, make_large_forms, make_q4_0_gguf, make_small_forms
+from peer_environments import CannotInstallError, make_llamacpp
 from peers import Server, peer_servers, weft_servers
 
 from weft.benchmark import page, plot
@@ -186,7 +186,8 @@ class GroupRun:
         )
         self._live[server.label] = (live, len(recorder.sitting.starts))
         recorder.sitting.starts.append(start)
-        recorder.sitting.versions[server.label.rpartition(" ")[0]] = server.version
+        program = server.label.rpartition(" ")[0] if server.is_peer else "weft"
+        recorder.sitting.versions[program] = server.version
         say(f"  {server.label:26} ready after {live.ready_s:.1f} s")
         for warm_up in WARM_UP:
             run_round(live, warm_up, self._writer.rounds(warm_up)[0])
@@ -354,9 +355,9 @@ def make_groups(arguments: argparse.Namespace, sitting: Sitting, gguf: Path) -> 
 def make_packed_form(forms: ModelForms, sitting: Sitting) -> None:
     """Q4_0 as llama.cpp reads it, where its tool can be built; otherwise ours serves the original file."""
     try:
-        make_q4_0_gguf(forms, peer_environments.make_llamacpp() / "llama-quantize")
-    except (peer_environments.CannotInstallError, subprocess.CalledProcessError) as error:
-        sitting.absent[f"Q4_0 of {forms.base.name}"] = str(error)
+        make_q4_0_gguf(forms, make_llamacpp() / "llama-quantize")
+    except CannotInstallError as error:
+        sitting.absent["Q4_0, so our packed form is the original file"] = str(error)
 
 
 def group_by_precision(servers: Iterable[Server], profiles: Sequence[Profile], forms: ModelForms) -> list[Group]:
