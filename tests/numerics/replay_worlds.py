@@ -176,7 +176,7 @@ class _Crowd:
         """Request → subject, or None for a neighbour that nobody compares."""
         self._tokens: dict[RequestId, list[tuple[object, ...]]] = {}
         self._next_id = 1
-        self._in_flight = 1
+        self._in_flight = world.max_in_flight
 
     @property
     def is_open(self) -> bool:

@@ -53,10 +53,10 @@ def test_more_than_a_thousand_replays_differ_in_no_bit(form: str, checkpoint: Pa
 
     assert sum(len(outcome.tokens) for outcome in outcomes) == 9 * NUM_SUBJECTS >= 1_000
     # A quiet world proves nothing.
-    assert sum(outcome.num_preemptions for outcome in outcomes) > 20
+    assert sum(outcome.num_preemptions for outcome in outcomes) > 10
     assert sum(outcome.num_hits for outcome in outcomes) > 5_000
     assert sum(outcome.num_chunks for outcome in outcomes) > 100
-    assert max(outcome.most_rows for outcome in outcomes) > 40
+    assert max(outcome.most_rows for outcome in outcomes) > 24
     assert len(set(alone.values())) > 0.9 * NUM_SUBJECTS
 
 
