@@ -20,8 +20,9 @@ from weft.errors import UsageError
 
 _EPILOG = """\
 Each line of FILE is {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}; the urls are
-/v1/chat/completions, /v1/completions and /v1/embeddings. Answers are appended to OUT as they come, failures to its
-neighbour OUT.errors.jsonl. Run the same command again to go on: what OUT has is not asked again, failures are.
+/v1/chat/completions, /v1/completions, /v1/responses and /v1/embeddings. Answers are appended to OUT as they come,
+failures to its neighbour OUT.errors.jsonl. Run the same command again to go on: what OUT has is not asked again,
+failures are.
 
 Without --url a server runs as long as the batch does; it serves --model under every name that the file uses. The API
 key is read from WEFT_API_KEY (with --url also from OPENAI_API_KEY).

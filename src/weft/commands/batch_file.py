@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from weft.errors import UsageError
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 MAX_LINE_BYTES = 16 * 2**20
 """Servers refuse larger bodies."""
 MAX_CUSTOM_ID_CHARS = 512
@@ -89,8 +89,18 @@ def _faults(line: bytes, number: int, lines_by_id: dict[str, int]) -> Iterator[s
     body = request.get("body")
     if not isinstance(body, dict):
         yield "`body` must be an object"
-    elif body.get("stream"):
+        return
+    if body.get("stream"):
         yield "`body.stream` must not be true: a batch has whole answers"
+    try:
+        encode_body(body)
+    except ValueError:  # Python reads NaN and 1e999, which no JSON has
+        yield "`body` must hold finite numbers only"
+
+
+def encode_body(body: dict[str, Any]) -> bytes:
+    """The body of a request as it is sent. Raises ValueError for a number that is none."""
+    return json.dumps(body, allow_nan=False).encode()
 
 
 class AppendedLines:
@@ -106,7 +116,9 @@ class AppendedLines:
 
     def append(self, values: list[dict[str, Any]]) -> None:
         """Write each value as a line of JSON. Blocks until the disk has them. Raises OSError."""
-        lines = [json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for value in values]
+        texts = (json.dumps(value, ensure_ascii=False, separators=(",", ":")) for value in values)
+        # Half of a surrogate pair, which JSON may have and UTF-8 may not, becomes JSON's own escape.
+        lines = [text.encode(errors="backslashreplace") + b"\n" for text in texts]
         self._stream.seek(0, os.SEEK_END)
         self._stream.write(b"".join(lines))
         self._stream.flush()

@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx2
 
-from weft.commands.batch_file import AppendedLines, BatchInput
+from weft.commands.batch_file import AppendedLines, BatchInput, encode_body
 from weft.commands.endpoint import Endpoint, EndpointError, timeouts
 
+_JSON = {"content-type": "application/json"}
 MAX_ATTEMPTS = 6
 MAX_BUSY_ATTEMPTS = 100
 """A server that says it is busy, or not ready, is waited for much longer than one that fails."""
@@ -125,11 +126,12 @@ class BatchRun:
     async def _answer(self, client: httpx2.AsyncClient, request: dict[str, Any]) -> Outcome:
         """Ask until there is an answer, a refusal that will stay one, or no attempt left."""
         attempt = 0
+        content = encode_body(request["body"])
         while True:
             attempt += 1
             wait_s = min(MAX_WAIT_S, 2.0 ** min(attempt - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
             try:
-                response = await client.post(request["url"], json=request["body"])
+                response = await client.post(request["url"], content=content, headers=_JSON)
             except httpx2.ConnectError as error:
                 if attempt >= MAX_ATTEMPTS:
                     raise self._endpoint.unreachable(error) from error
@@ -168,7 +170,8 @@ def _answered(request: dict[str, Any], response: httpx2.Response) -> Outcome:
         "error": None,
     }
     is_answer = response.status_code == 200
-    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    counts = usage if isinstance(usage, dict) else {}
+    tokens = counts.get("completion_tokens", counts.get("output_tokens"))
     return Outcome(line, is_answer, tokens if is_answer and isinstance(tokens, int) else 0)
 
 

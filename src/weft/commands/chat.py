@@ -336,7 +336,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.serve and arguments.url:
         raise UsageError("weft chat: MODEL starts a server and --url names one; give one of them.")
+    for flag, text in (("--system", arguments.system), ("--model", arguments.model)):
+        if text is not None and not _is_unicode(text):
+            raise UsageError(
+                f"weft chat: {flag} must be valid Unicode, in the terminal's encoding. Given: {text[:80]!r}"
+            )
     return arguments
+
+
+def _is_unicode(text: str) -> bool:
+    """False for bytes that the terminal's encoding has no letters for, which Python keeps as halves of pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -361,6 +375,9 @@ def _converse(talk: Chat) -> int:
     while (line := _read_line()) is not None:
         text = line.strip()
         if not text:
+            continue
+        if not _is_unicode(text):
+            talk.console.print("[red]Error:[/] that is not valid Unicode; nothing was sent.", highlight=False)
             continue
         if text.startswith("/"):
             if not talk.run_command(text):

@@ -37,6 +37,11 @@ def test_requests_come_back_in_the_order_of_the_file_and_blank_lines_do_not_matt
         (request("b", url="/v1/files"), "line 2: `url` must be one of /v1/chat/completions"),
         (request("b", body=[]), "line 2: `body` must be an object"),
         (request("b", body={"stream": True}), "line 2: `body.stream`"),
+        (request("b", body={"temperature": float("nan")}), "line 2: `body` must hold finite numbers only"),
+        (
+            '{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"top_p": [1e999]}}',
+            "line 2: `body` must hold finite numbers only",
+        ),
     ],
 )
 def test_a_wrong_line_is_named_by_its_number_and_field(tmp_path, line, fault):

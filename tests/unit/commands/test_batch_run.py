@@ -29,12 +29,14 @@ class Batch:
         self.concurrency = concurrency
         self.handler = handler
         self.asked = []
+        self.requests = []
         self.slept = []
 
     async def run(self):
         async def answer(request):
             number = int(json.loads(request.content)["prompt"])
             self.asked.append(number)
+            self.requests.append(request)
             found = self.handler(number)
             return await found if asyncio.iscoroutine(found) else found
 
@@ -193,3 +195,20 @@ def test_a_run_that_may_not_write_leaves_the_files_of_the_one_that_does(tmp_path
         with pytest.raises(UsageError):
             batch(["run", str(source), "--url", "http://127.0.0.1:1"], {})
         assert output.exists()
+
+
+async def test_answers_of_responses_count_and_broken_characters_pass_both_ways(tmp_path):
+    broken = "\ud800"
+    answer = {"usage": {"output_tokens": 4}, "text": broken}
+    batch = Batch(tmp_path, 1, lambda _number: httpx2.Response(200, content=json.dumps(answer).encode()))
+    line = {"custom_id": broken, "method": "POST", "url": "/v1/responses", "body": {"prompt": "0", "input": broken}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    batch.source = check_input(tmp_path / "in.jsonl")
+
+    run, _ = await batch.run()
+
+    assert (run.num_answered, run.completion_tokens) == (1, 4)
+    assert b"\\ud800" in batch.requests[0].content, "for the server to refuse"
+    assert batch.requests[0].headers["content-type"] == "application/json"
+    written = json.loads(batch.out.read_text())
+    assert (written["custom_id"], written["response"]["body"]["text"]) == (broken, broken)

@@ -179,3 +179,9 @@ def test_what_is_piped_in_must_be_text(monkeypatch):
 
     with pytest.raises(UsageError, match=r"what was piped in is not UTF-8 \(byte 3\)"):
         chat([], {})
+
+
+@pytest.mark.parametrize("flag", ["--system", "--model"])
+def test_arguments_must_be_text(flag):
+    with pytest.raises(UsageError, match=f"{flag} must be valid Unicode"):
+        chat([flag, "caf\udce9"], {})
