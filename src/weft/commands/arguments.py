@@ -29,6 +29,22 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}. {self.prog} --help shows every flag.")
 
 
+def is_unicode(text: str) -> bool:
+    """False for bytes that the terminal's encoding has no letters for, which Python keeps as halves of pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def unicode_text(raw: str) -> str:
+    """An argparse type: a text that can stand in a request."""
+    if not is_unicode(raw):
+        raise argparse.ArgumentTypeError(f"must be valid Unicode. Given: {raw[:80]!r}")
+    return raw
+
+
 def integer(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `low` to `high`."""
     return _number(int, "a whole number", low, high)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from weft.benchmark.load import Reply, Target, stream_request
 from weft.benchmark.profiles import PromptWriter, completion_body
-from weft.commands.arguments import CommandParser, integer, number
+from weft.commands.arguments import CommandParser, integer, number, unicode_text
 from weft.commands.bench_report import SweepPoint, as_json, chart, summarize_runs, tables
 from weft.commands.endpoint import Endpoint, EndpointError, find_endpoint, served_model
 from weft.errors import UsageError
@@ -153,7 +153,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("weft bench", "Measure a running server by number of concurrent streams.", _EPILOG)
     parser.add_argument("--url", help="server to measure; default http://localhost:3000")
     parser.add_argument(
-        "--model", metavar="NAME", help="model to ask for; default: the first one that the server lists"
+        "--model",
+        type=unicode_text,
+        metavar="NAME",
+        help="model to ask for; default: the first one that the server lists",
     )
     parser.add_argument("-t", "--tokenizer-name", help=argparse.SUPPRESS)
     parser.add_argument("--revision", help=argparse.SUPPRESS)

@@ -16,7 +16,7 @@ import httpx2
 from rich.console import Console
 from rich.markup import escape
 
-from weft.commands.arguments import CommandParser, integer, number
+from weft.commands.arguments import CommandParser, integer, is_unicode, number, unicode_text
 from weft.commands.endpoint import Endpoint, EndpointError, find_endpoint, read_events, refusal_text, served_model
 from weft.commands.markdown_stream import MarkdownStream
 from weft.commands.own_server import own_server
@@ -326,9 +326,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("serve", nargs="?", metavar="MODEL", help="serve this model while the chat runs")
     parser.add_argument("--url", help="server to talk to; default http://localhost:3000")
     parser.add_argument(
-        "--model", metavar="NAME", help="model to ask for; default: the first one that the server lists"
+        "--model",
+        type=unicode_text,
+        metavar="NAME",
+        help="model to ask for; default: the first one that the server lists",
     )
-    parser.add_argument("--system", metavar="TEXT", help="system text")
+    parser.add_argument("--system", type=unicode_text, metavar="TEXT", help="system text")
     parser.add_argument("--temperature", type=number(0, 2), metavar="X", help="0 is greedy; default: the server's")
     parser.add_argument("--max-tokens", type=integer(1, 10**9), metavar="N", help="longest answer")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), metavar="N", help="same seed, same answer")
@@ -336,21 +339,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.serve and arguments.url:
         raise UsageError("weft chat: MODEL starts a server and --url names one; give one of them.")
-    for flag, text in (("--system", arguments.system), ("--model", arguments.model)):
-        if text is not None and not _is_unicode(text):
-            raise UsageError(
-                f"weft chat: {flag} must be valid Unicode, in the terminal's encoding. Given: {text[:80]!r}"
-            )
     return arguments
-
-
-def _is_unicode(text: str) -> bool:
-    """False for bytes that the terminal's encoding has no letters for, which Python keeps as halves of pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -376,7 +365,7 @@ def _converse(talk: Chat) -> int:
         text = line.strip()
         if not text:
             continue
-        if not _is_unicode(text):
+        if not is_unicode(text):
             talk.console.print("[red]Error:[/] that is not valid Unicode; nothing was sent.", highlight=False)
             continue
         if text.startswith("/"):

@@ -206,6 +206,7 @@ def test_a_sweep_without_any_answer_still_has_a_page():
     ("flags", "named"),
     [
         (["--json", "/no/such/directory/x.json"], "--json: cannot write /no/such/directory/x.json"),
+        (["--model", "caf\udce9"], "--model: must be valid Unicode"),
         (["--url", "https://server.test"], "--url: the benchmark measures plain http"),
     ],
 )

@@ -183,5 +183,5 @@ def test_what_is_piped_in_must_be_text(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--system", "--model"])
 def test_arguments_must_be_text(flag):
-    with pytest.raises(UsageError, match=f"{flag} must be valid Unicode"):
+    with pytest.raises(UsageError, match=f"{flag}: must be valid Unicode"):
         chat([flag, "caf\udce9"], {})
