@@ -29,6 +29,7 @@ CONFIGURATIONS: tuple[tuple[str, ...], ...] = (
     ("--kv-cache-dtype", "int8"),
     ("--quantize", "int8", "--kv-cache-dtype", "int8"),
     ("--quantize", "int4", "--kv-cache-dtype", "int8"),
+    ("--gguf-compute", "packed", "--kv-cache-dtype", "int8"),
 )
 DTYPES = ("bfloat16", "float32")
 

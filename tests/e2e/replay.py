@@ -21,6 +21,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "int8": ("--quantize", "int8"),
     "int4": ("--quantize", "int4"),
     "packed": ("--gguf-compute", "packed"),
+    "int8 cache": ("--kv-cache-dtype", "int8"),
 }
 CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "one by one, one thread": ("1", ("--threads", "1")),

@@ -131,7 +131,7 @@ def test_every_rounding_of_the_default_model_has_one_receipt() -> None:
     assert len(set(keys)) == len(keys)
     for scheme in ("int8", "int4 (groups of 32)", "int4 (groups of 64)", "int4 (groups of 128)", "Q4_1 (packed)"):
         assert sum(weights == scheme and dtype == "bfloat16" for _, weights, _, dtype in keys) >= 1
-    for scheme in ("", "int8", "int4 (groups of 32)"):
+    for scheme in ("", "int8", "int4 (groups of 32)", "Q4_1 (packed)"):
         assert sum((weights, cache) == (scheme, "int8") for _, weights, cache, _ in keys) >= 1
 
 

@@ -21,6 +21,7 @@ FORMS = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantize": "int8"},
     "int4": {"dtype": "bfloat16", "quantize": "int4"},
+    "int8, int8 cache": {"dtype": "bfloat16", "quantize": "int8", "kv_cache_dtype": "int8"},
 }
 WORLDS = (
     World(seed=1, threads=2, num_rounds=2),
@@ -84,9 +85,10 @@ def test_the_fingerprint_changes_with_what_changes_bits_and_with_nothing_else(ch
     others = [parts(**changes) for changes in (
         {"dtype": "float32"}, {"quantize": "int8"}, {"quantize": "int4"},
         {"quantize": "int4", "quantize_group_size": "64"}, {"block_size_tokens": 64},
+        {"kv_cache_dtype": "int8"},
     )]  # fmt: skip
     assert all(other[0] == weights and other[2] == kernels for other in others)
-    assert len({configuration, *(other[1] for other in others)}) == 6
+    assert len({configuration, *(other[1] for other in others)}) == 7
 
 
 def _explained(world: World, outcome: Outcome, alone: dict, number: int, count: int) -> str:
