@@ -39,6 +39,7 @@ from weft.errors import (
     ValidationError,
     by_code,
 )
+from weft.kernels import registry as kernel_registry
 from weft.launcher.download import fetch
 from weft.limits import LIMITS
 from weft.router.chat_prompt import render_chat
@@ -59,8 +60,10 @@ from weft.router.vectors import finished_vector
 from weft.scheduler.scheduler import Scheduler
 from weft.server.engine import Engine
 from weft.server.executor import LocalExecutor
-from weft.server.startup import PhaseTimer, start_rank
+from weft.server.startup import COMPILING_NOTICE, PhaseTimer, start_rank
 from weft.text.assets import load_text_assets
+
+log = structlog.get_logger("weft.offline")
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "…"}`, as on OpenAI's API."""
@@ -630,6 +633,8 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
     )
     stack.callback(assets.tokenizer.close)
     loop = _start_loop(stack)
+    if kernel_registry.must_compile():
+        log.warning("llm.first_start", note=COMPILING_NOTICE)  # else a notebook would stand still without a word
     started = start_rank(settings, rank=0, world_size=1, timer=PhaseTimer())
     executor = LocalExecutor(started.runner)
     stack.callback(executor.close)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from structlog.testing import capture_logs
 from tests.unit.text.vocabularies import BYTE_LEVEL_TOKENS, byte_level_tokenizer
 
 from weft import LLM, SamplingParams
@@ -23,6 +24,7 @@ from weft.errors import (
     UsageError,
     ValidationError,
 )
+from weft.server.startup import COMPILING_NOTICE
 
 SETTINGS = {"dtype": "float32", "device": "cpu", "kv_pool_bytes": "4MiB"}
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -365,3 +367,12 @@ def test_arguments_of_a_wrong_type_are_named(llm: LLM, ask, named: str) -> None:
 def test_settings_may_have_the_names_of_other_servers(checkpoint: Path) -> None:
     with LLM(checkpoint, **SETTINGS, max_model_len=16) as llm:
         assert llm.info.max_total_tokens == 16
+
+
+def test_a_first_start_that_compiles_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.kernels.registry.must_compile", lambda: True)
+
+    with capture_logs() as events, LLM(checkpoint, **SETTINGS):
+        pass
+
+    assert [event["note"] for event in events if event["log_level"] == "warning"] == [COMPILING_NOTICE]

@@ -56,7 +56,7 @@ _KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 _NS_PER_MS = 1_000_000
 
 
-_COMPILING = "compiling kernels for this processor, which only the first start does and takes a minute or more"
+COMPILING_NOTICE = "compiling kernels for this processor, which only the first start does and takes a minute or more"
 
 
 class PhaseTimer:
@@ -120,7 +120,7 @@ def start_rank(settings: Settings, *, rank: int, world_size: int, timer: PhaseTi
         layout = _choose_layout(settings, rank)
         description = _within_context(describe_model(settings), settings)
         scheme = choose_scheme(settings, description, layout.device)
-    with timer.phase("kernels", _COMPILING if kernel_registry.must_compile() else ""):
+    with timer.phase("kernels", COMPILING_NOTICE if kernel_registry.must_compile() else ""):
         configure_kernels(settings)
     with timer.phase("connect"):
         group = connect_ranks(settings, rank, world_size, layout.device)
