@@ -1,4 +1,4 @@
-"""Recordings: what finished requests asked for and got, as token ids, so that `weft verify` can ask again. See ADR-0018.
+"""Recordings: what finished requests asked for and got, as token ids, for `weft verify`. See ADR-0018.
 
 Off unless `--record FILE` names a file. One JSON object per line: a `server` line when a file begins, then one
 `request` line per finished sequence. No text stands in it, but token ids are the text to whoever has the tokenizer:
