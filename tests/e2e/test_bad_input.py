@@ -80,7 +80,12 @@ DOORS = (
     Door("/generate_stream", '{"inputs": "Hi", FIELD}', ("parameters",)),
     Door("/v1/chat/completions", '{"stream": true, ' + MESSAGES + ", FIELD}", names(ChatRequest, "messages", "stream")),
     Door("/v1/chat/completions", '{"stream": true, FIELD}', ("messages",), required=("messages",)),
-    Door("/v1/chat/completions", '{"stream": true, "messages": [{"role": "user", FIELD}]}', names(Message, "role")),
+    Door("/v1/chat/completions", '{"stream": true, "messages": [{"role": "user", FIELD}]}', ("content",)),
+    Door(
+        "/v1/chat/completions",
+        '{"stream": true, "messages": [{"role": "user", "content": "Hi", FIELD}]}',
+        names(Message, "role", "content"),
+    ),
     Door("/v1/chat/completions", '{"stream": true, "messages": [{"content": "Hi", FIELD}]}', ("role",), ("role",)),
     Door(
         "/v1/completions",
