@@ -136,10 +136,16 @@ def test_every_rounding_of_the_default_model_has_one_receipt() -> None:
 
 
 @pytest.mark.slow
-def test_the_kept_receipts_are_what_the_default_model_measures(default_model_gguf: Path) -> None:
+def test_the_kept_receipts_are_what_the_default_model_measures(default_model_gguf: Path, tmp_path: Path) -> None:
     """One of them, to five digits: the kernels give the same bits on every machine that computes in bfloat16."""
     digest, configuration, measured = measure_quality(
-        Settings(model_path=str(default_model_gguf), dtype="bfloat16", quantize="int8", max_total_tokens=2048)
+        Settings(
+            model_path=str(default_model_gguf),
+            cache_dir=str(tmp_path),
+            dtype="bfloat16",
+            quantize="int8",
+            max_total_tokens=2048,
+        )
     )
 
     kept = quality.kept_receipt(digest, configuration)
