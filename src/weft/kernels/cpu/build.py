@@ -143,7 +143,7 @@ def build_program(program: Path, output_dir: Path, options: BuildOptions | None 
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".build-") as scratch:
         objects = _compile_units(compiler, Path(scratch), options)
         executable = output_dir / program.stem
-        _run([compiler, *options.flags(), str(program), *map(str, objects), "-o", str(executable)])
+        _run([compiler, *options.flags(), f"-I{SOURCE_DIR}", str(program), *map(str, objects), "-o", str(executable)])
     return executable
 
 

@@ -27,9 +27,9 @@ int64_t panels_bytes(const PackedWeight& w) {
 }
 
 constexpr Layout kLayouts[] = {
-    {"panels", multiply_panels, look_up_panels, panels_bytes},
-    {"quantized", quantized_linear, quantized_embedding, quantized_weight_bytes},
-    {"rows", nullptr, look_up_rows, nullptr},
+    {"panels", multiply_panels, look_up_panels, panels_bytes, nullptr, nullptr},
+    {"quantized", quantized_linear, quantized_embedding, quantized_weight_bytes, quantize_rows, quantized_row_bytes},
+    {"rows", nullptr, look_up_rows, nullptr, nullptr, nullptr},
 };
 
 }  // namespace

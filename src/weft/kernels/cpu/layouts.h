@@ -16,6 +16,15 @@ struct LinearRows {
   int64_t out_stride;
   int64_t rows;
   DataType out_dtype;
+  const void* prepared;  // nullptr, or what `prepare` made of x
+};
+
+// Rows of activations in the form in which a layout multiplies them.
+struct PrepareRows {
+  const PackedWeight* weight;
+  const void* x;
+  int64_t x_stride;
+  void* prepared;
 };
 
 struct Layout {
@@ -26,6 +35,9 @@ struct Layout {
   void (*embedding)(const PackedWeight& weight, const int32_t* ids, int64_t count, void* out);
   // Of `weight.data`. nullptr where there is no `linear`.
   int64_t (*bytes)(const PackedWeight& weight);
+  // nullptr where rows are multiplied as they are. Otherwise `linear` prepares them unless it is given them prepared.
+  void (*prepare)(const PrepareRows& arguments, int64_t first_row, int64_t end_row);
+  int64_t (*prepared_row_bytes)(const PackedWeight& weight);
 };
 
 // Place of a layout in the table, or -1 when there is none of that name, or none that rows can be looked up in.

@@ -361,14 +361,18 @@ void rotary_and_store(const RotaryArguments& a, int64_t tokens) {
   split(tokens, elements * 0.2, [&](int64_t first, int64_t end, int) { kernels().rotary_and_store(a, first, end); });
 }
 
-void rms_norm(const NormArguments& a, int64_t rows) {
-  split(rows, static_cast<double>(a.width) * 0.2,
-        [&](int64_t first, int64_t end, int) { kernels().rms_norm(a, first, end); });
+void rms_norm(const NormArguments& a, int64_t rows, const Afterwards& afterwards) {
+  split(rows, static_cast<double>(a.width) * 0.2, [&](int64_t first, int64_t end, int) {
+    kernels().rms_norm(a, first, end);
+    if (afterwards.work != nullptr) afterwards.work(afterwards.context, first, end);
+  });
 }
 
-void gated_activation(const GateArguments& a, int64_t rows) {
-  split(rows, static_cast<double>(a.width) * 0.5,
-        [&](int64_t first, int64_t end, int) { kernels().gate(a, first, end); });
+void gated_activation(const GateArguments& a, int64_t rows, const Afterwards& afterwards) {
+  split(rows, static_cast<double>(a.width) * 0.5, [&](int64_t first, int64_t end, int) {
+    kernels().gate(a, first, end);
+    if (afterwards.work != nullptr) afterwards.work(afterwards.context, first, end);
+  });
 }
 
 void greedy(const float* logits, int64_t stride, int64_t rows, int64_t width, int64_t* ids, float* logprobs) {

@@ -13,6 +13,12 @@ const KernelTable& kernels();
 // Returns whether the CPU has the named instruction set; nullptr chooses the best one it has.
 bool select_kernels(const char* name);
 
+// What a thread does with rows that it has just made, while they are in its cache.
+struct Afterwards {
+  void (*work)(const void* context, int64_t first_row, int64_t end_row) = nullptr;  // nullptr: nothing
+  const void* context = nullptr;
+};
+
 void pack_panels(const PackArguments& arguments);
 // `x` holds rows of in_features in `dtype`, x_stride elements apart; x and x_row_bytes of the arguments are set here.
 void linear(LinearArguments arguments, const void* x, int64_t x_stride);
@@ -25,8 +31,8 @@ void take_rows(const void* x, int64_t stride, const int32_t* rows, int64_t count
                void* out);
 void paged_attention(const AttentionArguments& arguments, int64_t sequences);
 void rotary_and_store(const RotaryArguments& arguments, int64_t tokens);
-void rms_norm(const NormArguments& arguments, int64_t rows);
-void gated_activation(const GateArguments& arguments, int64_t rows);
+void rms_norm(const NormArguments& arguments, int64_t rows, const Afterwards& afterwards = {});
+void gated_activation(const GateArguments& arguments, int64_t rows, const Afterwards& afterwards = {});
 void greedy(const float* logits, int64_t stride, int64_t rows, int64_t width, int64_t* ids, float* logprobs);
 void token_logprobs(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* ids,
                     float* logprobs);

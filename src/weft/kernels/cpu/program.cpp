@@ -54,14 +54,15 @@ class Runner {
         prefixes_(step.query_starts, step.context_lens, step.block_tables, step.table_stride, step.sequences,
                   step.block_size) {}
 
-  void run(const Instruction& i) const {
+  // `next` is the instruction after i, or nullptr.
+  void run(const Instruction& i, const Instruction* next) {
     switch (i.operation) {
       case Operation::kEmbedding: return look_up(i);
       case Operation::kLinear: return multiply(i);
-      case Operation::kRmsNorm: return normalize(i);
+      case Operation::kRmsNorm: return normalize(i, next);
       case Operation::kRotaryAndStore: return rotate(i);
       case Operation::kPagedAttention: return attend(i);
-      case Operation::kGatedActivation: return activate(i);
+      case Operation::kGatedActivation: return activate(i, next);
       case Operation::kTakeRows: return take(i);
       case Operation::kSoftcap: return cap(i);
       case Operation::kGreedy: return choose(i);
@@ -85,14 +86,31 @@ class Runner {
     const Operand &x = i.inputs[0], &residual = i.inputs[1], &out = i.outputs[0];
     layout_at(i.linear.layout)
         .linear(i.linear,
-                {at(x), x.stride, at(residual), residual.stride, at(out), out.stride, rows(i), out.dtype});
+                {at(x), x.stride, at(residual), residual.stride, at(out), out.stride, rows(i), out.dtype,
+                 &i.linear == preparation_.weight ? preparation_.prepared : nullptr});
   }
 
-  void normalize(const Instruction& i) const {
+  // Where the product that comes next wants the rows that `i` makes in another form, the thread that makes them changes
+  // them too: one barrier less, and the rows are still in its cache.
+  Afterwards prepare_for(const Instruction* next, const Instruction& i) {
+    if (next == nullptr || next->operation != Operation::kLinear || next->rows != i.rows) return {};
+    const Operand &x = next->inputs[0], &made = i.outputs[0];
+    const Layout& layout = layout_at(next->linear.layout);
+    const bool is_made = x.buffer == made.buffer && x.offset == made.offset && x.stride == made.stride;
+    if (layout.prepare == nullptr || !is_made) return {};
+    preparation_ = {&next->linear, at(x), x.stride, session_scratch(rows(i) * layout.prepared_row_bytes(next->linear))};
+    return {[](const void* context, int64_t first_row, int64_t end_row) {
+              const PrepareRows& preparation = *static_cast<const PrepareRows*>(context);
+              layout_at(preparation.weight->layout).prepare(preparation, first_row, end_row);
+            },
+            &preparation_};
+  }
+
+  void normalize(const Instruction& i, const Instruction* next) {
     const Operand& x = i.inputs[0];
     rms_norm({at(x), x.stride, i.inner, at(i.inputs[1]), i.weight, at(i.outputs[1]), at(i.outputs[0]), i.width, i.eps,
               i.weight_offset, x.dtype},
-             rows(i) * i.inner);
+             rows(i) * i.inner, i.inner == 1 ? prepare_for(next, i) : Afterwards{});
   }
 
   void rotate(const Instruction& i) const {
@@ -112,9 +130,9 @@ class Runner {
                     step_.sequences);
   }
 
-  void activate(const Instruction& i) const {
+  void activate(const Instruction& i, const Instruction* next) {
     const Operand& x = i.inputs[0];
-    gated_activation({at(x), x.stride, at(i.outputs[0]), i.width, i.activation, x.dtype}, rows(i));
+    gated_activation({at(x), x.stride, at(i.outputs[0]), i.width, i.activation, x.dtype}, rows(i), prepare_for(next, i));
   }
 
   void take(const Instruction& i) const {
@@ -135,6 +153,7 @@ class Runner {
 
   const Step& step_;
   const PrefixFinder prefixes_;
+  PrepareRows preparation_{};  // of the latest rows that were prepared
 };
 
 }  // namespace
@@ -165,13 +184,13 @@ Finding check_step(const Instruction* program, int64_t count, const Step& step) 
 }
 
 void run_step(const Instruction* program, int64_t count, const Step& step) {
-  const Runner runner(step);
+  Runner runner(step);
   const Instruction* const end = program + count;
   const Instruction* product = announce_product(program, end);
   int64_t before = step.nanoseconds == nullptr ? 0 : now_ns();
   for (const Instruction* i = program; i != end; ++i) {
     if (i == product) product = announce_product(i + 1, end);
-    runner.run(*i);
+    runner.run(*i, i + 1 == end ? nullptr : i + 1);
     if (step.nanoseconds == nullptr) continue;
     const int64_t after = now_ns();
     step.nanoseconds[i - program] += after - before;

@@ -49,7 +49,8 @@ WEFT_EXPORT void weft_quantized_linear(const void* x, int64_t x_stride, const vo
                                        int32_t out_dtype) {
   const Session session;
   quantized_linear({packed, bias, nullptr, out_features, in_features, static_cast<DataType>(dtype), 0},
-                   {x, x_stride, residual, residual_stride, out, out_stride, rows, static_cast<DataType>(out_dtype)});
+                   {x, x_stride, residual, residual_stride, out, out_stride, rows, static_cast<DataType>(out_dtype),
+                    nullptr});
 }
 
 // Returns 0, or 1 + the place of the first id outside of the vocabulary.

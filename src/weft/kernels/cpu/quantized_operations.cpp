@@ -90,16 +90,27 @@ int64_t quantized_weight_bytes(const PackedWeight& weight) {
   return quantized_bytes(format_of(weight), weight.out_features, weight.in_features);
 }
 
+int64_t quantized_row_bytes(const PackedWeight& weight) {
+  return quantized_row(format_of(weight), weight.in_features).bytes();
+}
+
+void quantize_rows(const PrepareRows& a, int64_t first_row, int64_t end_row) {
+  const PackedWeight& weight = *a.weight;
+  quantized_kernels().quantize_rows({a.x, a.x_stride, weight.dtype, static_cast<uint8_t*>(a.prepared),
+                                     weight.in_features, format_of(weight)},
+                                    first_row, end_row);
+}
+
 void quantized_linear(const PackedWeight& weight, const LinearRows& r) {
   const QuantizedFormat& format = format_of(weight);
-  const int64_t row_bytes = quantized_row(format, weight.in_features).bytes();
-  uint8_t* const rows = static_cast<uint8_t*>(session_scratch(r.rows * row_bytes));
-  const QuantizeRowsArguments quantize{r.x, r.x_stride, weight.dtype, rows, weight.in_features, format};
-  split(r.rows, static_cast<double>(weight.in_features) * 0.2, [&](int64_t first, int64_t end, int) {
-    quantized_kernels().quantize_rows(quantize, first, end);
-  });
-
-  const QuantizedLinearArguments a{rows, panels_of(weight), weight.bias, r.residual, r.residual_stride, r.out,
+  const void* rows = r.prepared;
+  if (rows == nullptr) {
+    const PrepareRows prepare{&weight, r.x, r.x_stride, session_scratch(r.rows * quantized_row_bytes(weight))};
+    split(r.rows, static_cast<double>(weight.in_features) * 0.2,
+          [&](int64_t first, int64_t end, int) { quantize_rows(prepare, first, end); });
+    rows = prepare.prepared;
+  }
+  const QuantizedLinearArguments a{static_cast<const uint8_t*>(rows), panels_of(weight), weight.bias, r.residual, r.residual_stride, r.out,
                                    r.out_stride, weight.in_features, weight.out_features, weight.dtype, r.out_dtype,
                                    format};
   split_product(r.rows, panel_count(weight.out_features), quantized_panel_bytes(format, weight.in_features),
