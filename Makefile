@@ -89,8 +89,10 @@ format: $(INSTALLED_DEV) ## rewrite files in the project's style
 proto: $(INSTALLED_DEV) ## generate the wire's stubs
 	@$(BIN)/python proto/generate.py
 
-sanitize: $(INSTALLED_DEV) ## kernels under address and undefined-behaviour sanitizers
-	@$(BIN)/pytest -q tests/numerics/kernels -k sanitizer $(ARGS)
+sanitize: $(INSTALLED_DEV) ## kernels under the address, undefined-behaviour and thread sanitizers (minutes)
+	@set -e; for sanitizer in address undefined thread; do echo "== $$sanitizer"; \
+		$(BIN)/python -m weft.kernels.cpu.build --sanitize $$sanitizer --output-dir build/$$sanitizer \
+			--program tests/numerics/kernels/exercise.cpp; build/$$sanitizer/exercise; done
 
 fuzz: $(INSTALLED_DEV) ## parsers and HTTP with many more random inputs than in `make test`
 	@$(BIN)/pytest -q -n auto tests/unit tests/contract --hypothesis-profile=fuzz $(ARGS)
