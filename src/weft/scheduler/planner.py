@@ -7,7 +7,7 @@ from weft.core.plan import SequenceStart, StepPlan
 from weft.core.request import BlockId, Slot
 from weft.core.sequence import Sequence
 from weft.scheduler import policy
-from weft.scheduler.budget import PrefillBudget, fit_chunk
+from weft.scheduler.budget import PrefillBudget, StepBudget, fit_chunk
 from weft.scheduler.config import SchedulerConfig
 from weft.scheduler.roster import Roster
 
@@ -88,7 +88,7 @@ class Planner:
         self._vacate(self._blocks_for(suspect.num_expected) - len(suspect.block_ids), suspect)
         if not suspect.is_running:
             draft.starts.append(self._roster.start(suspect, [], now_ns))
-        self._grow_chunk(draft, suspect, self._budget.tokens(0))
+        self._grow_chunk(draft, suspect, self._budget.for_step(0))
         for sequence, num_tokens in draft.chunks.items():
             draft.add_row(sequence, num_tokens)
         return draft
@@ -147,40 +147,42 @@ class Planner:
 
         What they leave over goes to the first one too.
         """
-        left = self._budget.tokens(draft.num_decode_rows)
+        budget = self._budget.for_step(draft.num_decode_rows)
         if not prefilling:
-            self._admit(draft, prefilling, left, now_ns)
+            self._admit(draft, prefilling, budget, now_ns)
             return
         first, *others = policy.prefill_order(prefilling)
-        left -= self._grow_chunk(draft, first, policy.first_share_tokens(left, self._size))
-        left = self._admit(draft, prefilling, left, now_ns)
+        share = policy.first_share_tokens(budget.tokens_at(first.num_planned), self._size)
+        self._grow_chunk(draft, first, budget, share)
+        self._admit(draft, prefilling, budget, now_ns)
         for sequence in others:
-            left -= self._grow_chunk(draft, sequence, left)
-        self._grow_chunk(draft, first, left)
+            self._grow_chunk(draft, sequence, budget)
+        self._grow_chunk(draft, first, budget)
 
-    def _grow_chunk(self, draft: Draft, sequence: Sequence, limit: int) -> int:
-        """Lengthen a sequence's chunk by at most `limit` tokens, as far as blocks reach. Returns by how many."""
+    def _grow_chunk(self, draft: Draft, sequence: Sequence, budget: StepBudget, share: int | None = None) -> None:
+        """Lengthen a sequence's chunk by what the budget affords, at most `share` tokens, as far as blocks reach."""
         planned = draft.chunks.get(sequence, 0)
         position = sequence.num_planned + planned
+        limit = budget.tokens_at(position) if share is None else share
         room = sequence.num_slots_held + self._roster.pool.num_available * self._size - position
         grown = fit_chunk(position, sequence.num_unplanned - planned, min(limit, room), self._size)
         if grown:
+            budget.spend(position, grown)
             draft.chunks[sequence] = planned + grown
             while sequence.num_slots_held < position + grown:
                 self._take_block(draft, sequence)
-        return grown
 
     def _take_block(self, draft: Draft, sequence: Sequence) -> None:
         draft.new_block_slots.append(sequence.slot)
         draft.new_block_ids.append(self._roster.take_block(sequence))
 
-    def _admit(self, draft: Draft, prefilling: Seq[Sequence], left: int, now_ns: int) -> int:
-        """Start waiting sequences in order while slots, memory and budget last. Returns the budget left over."""
+    def _admit(self, draft: Draft, prefilling: Seq[Sequence], budget: StepBudget, now_ns: int) -> None:
+        """Start waiting sequences in order while slots, memory and budget last."""
         roster = self._roster
         num_promised = sum(self._blocks_short(sequence) for sequence in prefilling)
         num_waits = 0
         for sequence in roster.queue:
-            if left <= 0 or len(roster.running) >= self._max_running or not sequence.may_start:
+            if budget.tokens_at(0) <= 0 or len(roster.running) >= self._max_running or not sequence.may_start:
                 break
             hits = self._match(sequence)
             if hits is None:
@@ -189,14 +191,14 @@ class Planner:
                     break
                 continue
             num_cached = len(hits) * self._size
-            has_budget = fit_chunk(num_cached, sequence.num_expected - num_cached, left, self._size) > 0
+            limit = budget.tokens_at(num_cached)
+            has_budget = fit_chunk(num_cached, sequence.num_expected - num_cached, limit, self._size) > 0
             if not has_budget or not self._fits(sequence, hits, num_promised):
                 break
             draft.starts.append(roster.start(sequence, hits, now_ns))
             draft.add_blocks(sequence.slot, hits)
-            left -= self._grow_chunk(draft, sequence, left)
+            self._grow_chunk(draft, sequence, budget)
             num_promised += self._blocks_short(sequence)
-        return left
 
     def _match(self, sequence: Sequence) -> list[BlockId] | None:
         """Blocks of the prefix index that the sequence may start with; None: better wait for the next one.

@@ -6,6 +6,7 @@ from weft.core.events import EmbeddingEvent, Event, FailureEvent, PromptReport, 
 from weft.core.plan import StepPlan, StepResult, TopTokens
 from weft.core.sequence import Sequence
 from weft.errors import GenerationError, InvariantBroken, NumericalError
+from weft.scheduler.budget import attended_positions
 from weft.scheduler.config import SchedulerConfig
 from weft.scheduler.roster import Roster
 
@@ -25,6 +26,12 @@ class OpenPlan:
     """Of each row."""
     num_decode_rows: int
     num_prefill_tokens: int
+
+    @property
+    def num_attended(self) -> float:
+        """Positions that the prompt tokens attend to, summed over them."""
+        plan, first = self.plan, self.num_decode_rows
+        return sum(map(attended_positions, plan.first_positions[first:], plan.num_tokens[first:]))
 
     def demand_match(self, result: StepResult) -> None:
         """Raise InvariantBroken unless the result belongs to this plan."""

@@ -126,7 +126,9 @@ class Scheduler:
         opened = self._oldest(plan)
         opened.demand_match(result)
         self._close(opened, result.elapsed_ns)
-        self.budget.costs.observe(opened.num_decode_rows, opened.num_prefill_tokens, result.elapsed_ns)
+        self.budget.costs.observe(
+            opened.num_decode_rows, opened.num_prefill_tokens, opened.num_attended, result.elapsed_ns
+        )
         events: list[Event] = []
         num_live = len(self._roster.live)
         self._results.apply(opened, result, events)
