@@ -128,7 +128,7 @@ class OpenRequest:
         while not self.pending:
             if self.failure is not None:
                 raise self.failure
-            await self._wait()
+            await self._change()
         batch, self.pending = self.pending, []
         return batch
 
@@ -137,16 +137,13 @@ class OpenRequest:
         while self.vector is None:
             if self.failure is not None:
                 raise self.failure
-            await self._wait()
+            await self._change()
         return self.vector
 
-    async def _wait(self) -> None:
-        """Until something is put or fails."""
+    def _change(self) -> "asyncio.Future[None]":
+        """Done when something is put or fails."""
         self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -65,6 +65,8 @@ class Exchange:
     scope: Scope
     receive: Receive
     send: Send
+    send_body: Send
+    """The server's own: for what follows the status line, at which no layer looks any more."""
     request_id: str
     timings: Timings
     route: str = UNMATCHED
@@ -172,6 +174,7 @@ class Edge:
             scope=scope,
             receive=receive,
             send=send_with_id,
+            send_body=send,
             request_id=request_id,
             timings=Timings(started_ns=self._clock.now_ns()),
         )

@@ -56,6 +56,7 @@ class EventStream:
         self._exchange = exchange
         self._watch = watch
         self._send: Send = exchange.send
+        self._send_body: Send = exchange.send_body
         self._end_frames = end_frames
         self._task = asyncio.current_task()
         self.num_writes = 0
@@ -95,15 +96,12 @@ class EventStream:
             self.is_open = True
             self._watch.add(self)
 
-    async def write(self, frames: bytes) -> None:
+    async def write(self, frames: bytes, *, more_body: bool = True) -> None:
         """Send frames. Raises ClientGoneError when the reader has taken nothing for too long."""
-        await self._write(frames, more_body=True)
-
-    async def _write(self, frames: bytes, *, more_body: bool) -> None:
         self.num_writes += 1
         self.is_writing = True
         try:
-            await self._send({"type": "http.response.body", "body": frames, "more_body": more_body})
+            await self._send_body({"type": "http.response.body", "body": frames, "more_body": more_body})
         except asyncio.CancelledError:
             if not self._is_stalled or self._task is None:
                 raise
@@ -115,7 +113,7 @@ class EventStream:
         """Send the last frames and end the stream. Raises ClientGoneError as `write` does."""
         self._exchange.end_stream = None
         self._exchange.is_complete = True
-        await self._write(frames, more_body=False)
+        await self.write(frames, more_body=False)
         self._watch.remove(self)
 
     async def fail(self, error: RequestError) -> None:
@@ -136,7 +134,7 @@ class EventStream:
         """Called by the watch: a comment, so that proxies do not close a silent connection."""
         await self.open(self._headers)
         if not self._is_over:
-            await self._send({"type": "http.response.body", "body": _COMMENT_FRAME, "more_body": True})
+            await self._send_body({"type": "http.response.body", "body": _COMMENT_FRAME, "more_body": True})
 
 
 class StreamWatch:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import grpc
 import structlog
+import uvloop
 
 from weft import __version__
 from weft.config import Settings, load_settings
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None, *, is_alone: bool = False) -> int:
     )
     try:
         if arguments.rank == 0:
-            return asyncio.run(serve_rank_zero(settings, arguments.run_dir, arguments.world_size))
+            return uvloop.run(serve_rank_zero(settings, arguments.run_dir, arguments.world_size))
         return run_other_rank(settings, arguments.run_dir, arguments.rank, arguments.world_size)
     except StartupError as error:
         if is_alone:

@@ -92,7 +92,8 @@ class GenerationService(generate_pb2_grpc.GenerationServicer):
         try:
             while not reader.done() or not stream.frames.empty():
                 try:
-                    frame = await asyncio.wait_for(stream.frames.get(), STATS_INTERVAL_S)
+                    async with asyncio.timeout(STATS_INTERVAL_S):
+                        frame = await stream.frames.get()
                 except TimeoutError:
                     frame = pb.ServerFrame(stats=convert.stats_to_wire(self._stats))
                 yield frame
