@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from weft.config.options import quoted
@@ -61,6 +61,24 @@ _WITHOUT: tuple[tuple[str, Callable[[Settings], bool], str], ...] = (
     ("revision", lambda s: _is_on_this_machine(s.model_id), "the model is no hub model"),
 )
 """Setting, when it changes nothing, and why."""
+
+
+_FOREIGN_VARIABLES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("ATTENTION", "USE_FLASH_ATTENTION"), "attention is paged, in the form that the device has kernels for"),
+    (("PREFILL_CHUNKING",), "prompts are always computed in chunks"),
+    (("TGI_WIGGLE_ROOM", "XPU_MEMORY_FRACTION"), "memory is measured; --kv-pool-bytes sets what the cache gets"),
+    (("EXLLAMA_VERSION", "DISABLE_EXLLAMA", "USE_CUTLASS_W8A8"), "those kernels do not exist here; see --quantize"),
+    (("ROCM_USE_FLASH_ATTN_V2_TRITON", "ROCM_USE_CUSTOM_PAGED_ATTN", "ROCM_USE_SKINNY_GEMM"), "there is no ROCm here"),
+)
+"""Variables that TGI reads beside its flags' own, and why they change nothing."""
+
+
+def variables_without_effect(environ: Mapping[str, str]) -> Iterator[str]:
+    """What the environment asks of TGI alone, a sentence per reason."""
+    for names, reason in _FOREIGN_VARIABLES:
+        found = [f"${name}" for name in names if environ.get(name)]
+        if found:
+            yield f"{' and '.join(found)} {'has' if len(found) == 1 else 'have'} no effect: {reason}."
 
 
 def settings_without_effect(settings: Settings, given: Collection[str]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from weft.config.contradictions import (
     contradictions,
     is_ip_address,
     settings_without_effect,
+    variables_without_effect,
 )
 from weft.config.file import FileFault, read_file
 from weft.config.options import NAMES, SWITCH, Option, Value, quoted
@@ -80,7 +81,11 @@ def resolve_with_origins(
         settings,
         {name: origins.get(name, "default") for name in options()},
         tuple(notes),
-        (*_idle_settings(values), *settings_without_effect(settings, origins)),
+        (
+            *_idle_settings(values),
+            *settings_without_effect(settings, origins),
+            *variables_without_effect(environ),
+        ),
         {name: tuple(others) for name, others in beaten.items()},
     )
 
