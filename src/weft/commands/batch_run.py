@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 
 from weft.commands.batch_file import AppendedLines, BatchInput, encode_body
-from weft.commands.endpoint import Endpoint, EndpointError, timeouts
+from weft.commands.endpoint import Endpoint, EndpointError
 
 _JSON = {"content-type": "application/json"}
 MAX_ATTEMPTS = 6
@@ -72,14 +72,7 @@ class BatchRun:
         """
         outcomes: asyncio.Queue[Outcome | None] = asyncio.Queue(_MAX_UNWRITTEN)
         waiting = (request for request in self._source.requests() if request["custom_id"] not in self._done)
-        limits = httpx2.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
-        client = httpx2.AsyncClient(
-            base_url=self._endpoint.root,
-            headers=self._endpoint.headers,
-            timeout=timeouts(),
-            limits=limits,
-            transport=self._transport,
-        )
+        client = self._endpoint.async_client(self._concurrency, self._transport)
 
         async def work() -> None:
             for request in waiting:

@@ -14,6 +14,7 @@ DEFAULT_URL = "http://localhost:3000"
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 600.0
 """Between two pieces of an answer; the first may wait behind a queue and a long prompt."""
+_TIMEOUT = httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
 _MAX_SHOWN_CHARS = 500
 
 
@@ -37,7 +38,14 @@ class Endpoint:
 
     def client(self) -> httpx2.Client:
         """Timeouts as they fit streams of tokens."""
-        return httpx2.Client(base_url=self.root, headers=self.headers, timeout=timeouts())
+        return httpx2.Client(base_url=self.root, headers=self.headers, timeout=_TIMEOUT)
+
+    def async_client(self, concurrency: int, transport: httpx2.AsyncBaseTransport | None = None) -> httpx2.AsyncClient:
+        """As `client`, with a connection for each of so many requests at once; `transport` for tests."""
+        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        return httpx2.AsyncClient(
+            base_url=self.root, headers=self.headers, timeout=_TIMEOUT, limits=limits, transport=transport
+        )
 
     def unreachable(self, error: Exception) -> EndpointError:
         """What to do when nothing listens."""
@@ -45,11 +53,6 @@ class Endpoint:
             f"nothing answers at {self.root} ({type(error).__name__}). Start a server in another terminal with "
             "`weft serve`, or name one with --url."
         )
-
-
-def timeouts() -> httpx2.Timeout:
-    """Short to connect, long to answer."""
-    return httpx2.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
 
 
 def find_endpoint(url: str | None, environ: Mapping[str, str]) -> Endpoint:

@@ -10,7 +10,7 @@ import httpx2
 import msgspec
 
 from weft.commands.batch_run import asked_wait_s
-from weft.commands.endpoint import Endpoint, EndpointError, refusal_text, timeouts
+from weft.commands.endpoint import Endpoint, EndpointError, refusal_text
 from weft.core.request import FinishReason
 from weft.router.recording import RequestLine
 from weft.router.replay import ReplayAnswer, ReplayRequest
@@ -120,15 +120,8 @@ class VerifyRun:
 
         Raises   EndpointError: nothing answers there
         """
-        limits = httpx2.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
         waiting = iter(self._lines)
-        client = httpx2.AsyncClient(
-            base_url=self._endpoint.root,
-            headers=self._endpoint.headers,
-            timeout=timeouts(),
-            limits=limits,
-            transport=self._transport,
-        )
+        client = self._endpoint.async_client(self._concurrency, self._transport)
 
         async def work() -> None:
             for line in waiting:

@@ -83,12 +83,17 @@ def embedding(token_ids: torch.Tensor, packed: PackedLinear, scale: float = 1.0)
         DTYPE_CODES[packed.dtype],
         out.data_ptr(),
     )
+    finish_embedding(out, token_ids, packed, scale, bad)
+    return out
+
+
+def finish_embedding(out: torch.Tensor, token_ids: torch.Tensor, packed: PackedLinear, scale: float, bad: int) -> None:
+    """Multiply the rows in place. Raises InvariantBroken: `bad`, counted from 1, is a row whose id has no weights."""
     if bad:
         raise InvariantBroken(
             f"token id {int(token_ids[bad - 1])} at row {bad - 1} is outside the vocabulary of {packed.out_features}"
         )
     library().weft_scale_rows(out.data_ptr(), DTYPE_CODES[packed.dtype], scale, out.shape[0], packed.in_features)
-    return out
 
 
 def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

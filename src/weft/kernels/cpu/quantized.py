@@ -6,8 +6,7 @@ from typing import Self
 
 import torch
 
-from weft.errors import InvariantBroken
-from weft.kernels.cpu.operations import DTYPE_CODES, WEIGHTS, library
+from weft.kernels.cpu.operations import DTYPE_CODES, WEIGHTS, finish_embedding, library
 from weft.kernels.packed import PackedLinear, QuantizedFormat
 
 LAYOUT = "quantized"
@@ -111,11 +110,7 @@ def embedding(token_ids: torch.Tensor, packed: PackedLinear, scale: float = 1.0)
         DTYPE_CODES[packed.dtype],
         out.data_ptr(),
     )
-    if bad:
-        raise InvariantBroken(
-            f"token id {int(token_ids[bad - 1])} at row {bad - 1} is outside the vocabulary of {packed.out_features}"
-        )
-    library().weft_scale_rows(out.data_ptr(), DTYPE_CODES[packed.dtype], scale, out.shape[0], packed.in_features)
+    finish_embedding(out, token_ids, packed, scale, bad)
     return out
 
 
