@@ -38,7 +38,7 @@ def test_cpu_time_of_the_client_is_not_called_foreign() -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     meter = CpuMeter(bystander.pid)
     started = time.process_time()
-    while time.process_time() - started < 0.05:
+    while time.process_time() - started < 0.06:
         pass
 
     share = meter.read()
