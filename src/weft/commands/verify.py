@@ -5,10 +5,8 @@ import asyncio
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx2
 from rich.console import Console
@@ -18,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from weft.commands.arguments import CommandParser, integer
 from weft.commands.endpoint import Endpoint, EndpointError, find_endpoint, refusal_text
 from weft.commands.own_server import own_server
+from weft.commands.recorded_requests import RecordedRequests, Recording, open_recording
 from weft.commands.verify_run import Difference, Token, VerifyRun, differing_parts
 from weft.errors import StartupError, UsageError
-from weft.router.recording import RequestLine, ServerLine, read_lines
 
 _EPILOG = """\
 A server writes a recording with `weft serve --record FILE`: token ids, parameters with the seed, and every bit of the
@@ -41,22 +39,17 @@ class OtherServerError(StartupError):
     code = "other_server"
 
 
-@dataclass(frozen=True, slots=True)
-class _Recording:
-    servers: list[ServerLine]
-    requests: list[RequestLine]
-
-
 def verify(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Replay recordings; 0 when every token and every bit is the same, 1 when not, 130 when interrupted."""
     words, flags = _split(argv)
     arguments = _parse(words, flags)
     console = Console(stderr=True)
-    recording = _read(arguments.files)
     with ExitStack() as stack:
+        recording = open_recording(arguments.files, stack)
         endpoint = _endpoint(arguments, flags, recording, environ, stack, console)
         fingerprint = served_fingerprint(endpoint)
-        lines = _comparable(recording, fingerprint, console, is_any=arguments.any_fingerprint)[: arguments.limit]
+        comparable = _comparable(recording.requests, fingerprint, console, is_any=arguments.any_fingerprint)
+        lines = comparable.first(arguments.limit)
         seed = random.getrandbits(32) if arguments.seed is None else arguments.seed
         is_shuffled = arguments.shuffle or arguments.seed is not None
         if is_shuffled:
@@ -67,7 +60,7 @@ def verify(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             _run(run, len(lines), differences, console)
         except KeyboardInterrupt:
             return 130
-        for difference in differences[:_MAX_SHOWN]:
+        for difference in differences:
             sys.stdout.write(_explained(difference, endpoint) + "\n")
     return _report(run, fingerprint)
 
@@ -99,28 +92,10 @@ def _parse(words: Sequence[str], flags: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _read(names: Iterable[str]) -> _Recording:
-    servers: list[ServerLine] = []
-    requests: list[RequestLine] = []
-    for name in names:
-        try:
-            with Path(name).open("rb") as file:
-                for line in read_lines(file, name):
-                    if isinstance(line, ServerLine):
-                        servers.append(line)
-                    elif line.token_ids:
-                        requests.append(line)
-        except OSError as error:
-            raise UsageError(f"weft verify: {name}: {error.strerror}.") from error
-    if not requests:
-        raise UsageError("weft verify: the recording holds no request. Serve some with --record first.")
-    return _Recording(servers, requests)
-
-
 def _endpoint(
     arguments: argparse.Namespace,
     flags: Sequence[str],
-    recording: _Recording,
+    recording: Recording,
     environ: Mapping[str, str],
     stack: ExitStack,
     console: Console,
@@ -160,22 +135,24 @@ def served_fingerprint(endpoint: Endpoint) -> str:
         raise EndpointError(f"{endpoint.root} has no fingerprint under /info: it is no Weft.") from error
 
 
-def _comparable(recording: _Recording, served: str, console: Console, *, is_any: bool) -> list[RequestLine]:
+def _comparable(requests: RecordedRequests, served: str, console: Console, *, is_any: bool) -> RecordedRequests:
     """The requests that this server must answer alike. Raises OtherServerError when there is none."""
-    others = {line.system_fingerprint for line in recording.requests} - {served}
-    for other in sorted(others):
-        count = sum(line.system_fingerprint == other for line in recording.requests)
+    counts = requests.by_fingerprint()
+    others = sorted(counts.keys() - {served})
+    for other in others:
         parts = " and ".join(differing_parts(other, served))
         what = "are compared all the same" if is_any else "are left out"
-        console.print(f"{count:,} requests {what}: {other} recorded them, and {served} has {parts}.", highlight=False)
-    lines = [line for line in recording.requests if is_any or line.system_fingerprint == served]
-    if not lines:
-        parts = "; ".join(f"{other}: {' and '.join(differing_parts(other, served))}" for other in sorted(others))
+        console.print(
+            f"{counts[other]:,} requests {what}: {other} recorded them, and {served} has {parts}.", highlight=False
+        )
+    comparable = requests if is_any else requests.of(served)
+    if not comparable:
+        parts = "; ".join(f"{other}: {' and '.join(differing_parts(other, served))}" for other in others)
         raise OtherServerError(
             f"weft verify: the server ({served}) is not the one that recorded ({parts}), so tokens may differ. Serve "
             "the recorded model with the recorded flags and version, or compare with --any-fingerprint."
         )
-    return lines
+    return comparable
 
 
 def _run(run: VerifyRun, count: int, differences: list[Difference], console: Console) -> None:
@@ -186,8 +163,9 @@ def _run(run: VerifyRun, count: int, differences: list[Difference], console: Con
         def show(difference: Difference | None) -> None:
             bar.advance(task)
             if difference is not None:
-                differences.append(difference)
-                bar.update(task, description=f"requests, {len(differences):,} differ")
+                bar.update(task, description=f"requests, {run.tally.num_different:,} differ")
+                if len(differences) < _MAX_SHOWN:
+                    differences.append(difference)
 
         asyncio.run(run.run(show))
 

@@ -2,9 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 import msgspec
@@ -12,7 +12,7 @@ import msgspec
 from weft.commands.batch_run import asked_wait_s
 from weft.commands.endpoint import Endpoint, EndpointError, refusal_text
 from weft.core.request import FinishReason
-from weft.router.recording import RequestLine
+from weft.router.recording import RequestLine, UnreadableRecordingError
 from weft.router.replay import ReplayAnswer, ReplayRequest
 
 MAX_ATTEMPTS = 100
@@ -92,13 +92,21 @@ def first_difference(line: RequestLine, answer: ReplayAnswer) -> Difference | No
     return None
 
 
+class Lines(Protocol):
+    """Requests that are read when they are asked for; a list will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> RequestLine: ...
+
+
 class VerifyRun:
     """One pass over a recording. A server that cannot be reached ends it; anything else is a difference."""
 
     def __init__(
         self,
         endpoint: Endpoint,
-        lines: Sequence[RequestLine],
+        lines: Lines,
         *,
         concurrency: int,
         shuffle_seed: int | None = None,
@@ -107,9 +115,10 @@ class VerifyRun:
     ) -> None:
         """`shuffle_seed` None: in the order of the recording."""
         self._endpoint = endpoint
-        self._lines = list(lines)
+        self._lines = lines
+        self._order = list(range(len(lines)))
         if shuffle_seed is not None:
-            random.Random(shuffle_seed).shuffle(self._lines)  # noqa: S311 - an order, repeatable
+            random.Random(shuffle_seed).shuffle(self._order)  # noqa: S311 - an order, repeatable
         self._concurrency = concurrency
         self._transport = transport
         self._sleep = sleep
@@ -118,13 +127,14 @@ class VerifyRun:
     async def run(self, show: Callable[[Difference | None], None]) -> None:
         """Ask everything; `show` hears of each answer: its difference, or None.
 
-        Raises   EndpointError: nothing answers there
+        Raises   EndpointError: nothing answers there; UnreadableRecordingError: the recording changed meanwhile
         """
-        waiting = iter(self._lines)
+        waiting = iter(self._order)
         client = self._endpoint.async_client(self._concurrency, self._transport)
 
         async def work() -> None:
-            for line in waiting:
+            for place in waiting:
+                line = self._lines[place]
                 difference = await self._compare(client, line)
                 self.tally.num_requests += 1
                 self.tally.num_tokens += len(line.token_ids)
@@ -133,9 +143,9 @@ class VerifyRun:
 
         try:
             async with client, asyncio.TaskGroup() as group:
-                for _ in range(min(self._concurrency, len(self._lines))):
+                for _ in range(min(self._concurrency, len(self._order))):
                     group.create_task(work())
-        except* EndpointError as failed:
+        except* (EndpointError, UnreadableRecordingError) as failed:
             raise failed.exceptions[0] from None
 
     async def _compare(self, client: httpx2.AsyncClient, line: RequestLine) -> Difference | None:

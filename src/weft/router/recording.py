@@ -294,9 +294,23 @@ def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Line]:
                     f"{name}, line {number}: schema {version} is newer than this version of Weft, which reads up to "
                     f"{SCHEMA_VERSION}. Use a newer Weft."
                 )
-            yield decoder.decode(raw)
-        except msgspec.MsgspecError as error:
+            line = decoder.decode(raw)
+            _check(line)
+            yield line
+        except (msgspec.MsgspecError, ValueError, OverflowError) as error:
             raise UnreadableRecordingError(f"{name}, line {number}: no line of a recording ({error}).") from None
+
+
+def _check(line: Line) -> None:
+    """What types do not say. Raises ValueError, and OverflowError for a number that no float can hold."""
+    if isinstance(line, ServerLine):
+        if len(line.flags) % 2:
+            raise ValueError("`flags` must be pairs of flag and value")
+        return
+    if len(line.token_ids) != len(line.logprobs):
+        raise ValueError(f"{len(line.token_ids)} `token_ids` and {len(line.logprobs)} `logprobs`")
+    for logprob in line.logprobs:
+        float.fromhex(logprob)
 
 
 class _Versioned(msgspec.Struct):

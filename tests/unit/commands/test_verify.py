@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import os
+import threading
+import tracemalloc
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ from tests.unit.commands.conversations import ENDPOINT
 
 from weft.commands import verify as verify_command
 from weft.commands.endpoint import Endpoint, EndpointError
+from weft.commands.recorded_requests import open_recording
 from weft.commands.verify import OtherServerError, verify, with_flags
 from weft.commands.verify_run import Difference, Token, VerifyRun, differing_parts, first_difference, replay_body
 from weft.core.request import FinishReason, SamplingParams, StopConditions
 from weft.errors import UsageError
-from weft.router.recording import RequestLine, ServerLine
+from weft.router.recording import RequestLine, ServerLine, UnreadableRecordingError
 from weft.router.replay import ReplayAnswer
 
 FINGERPRINT = "fp_aaaa-bbbb-cccc"
@@ -311,3 +316,83 @@ def test_a_recording_without_requests_or_without_a_server_says_what_to_do(tmp_pa
         verify([file_of(tmp_path, server)], {})
     with pytest.raises(UsageError, match="Name one with --url"):
         verify([file_of(tmp_path, recorded())], {})
+
+
+def test_a_long_recording_is_read_line_by_line(tmp_path: Path, ask: Callable[[Handler], None]) -> None:
+    """8 MiB are held in less than one: lines are checked once and read again when they are asked."""
+    ask(serving)
+    many = 500
+    line = recorded(token_ids=[10] * many, logprobs=[(-0.1).hex()] * many)
+    path = tmp_path / "recording.jsonl"
+    count = 2**23 // len(msgspec.json.encode(line))
+    with path.open("wb") as file:
+        file.writelines(msgspec.json.encode(line) + b"\n" for _ in range(count))
+
+    tracemalloc.start()
+    try:
+        with ExitStack() as stack:
+            requests = open_recording([str(path)], stack).requests
+            assert len(requests) == count
+            assert requests[count - 1] == line
+            _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 2**20
+
+
+def test_many_differences_are_counted_and_the_first_ones_shown(
+    tmp_path: Path, ask: Callable[[Handler], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path != "/replay":
+            return serving(request)
+        return httpx2.Response(200, content=msgspec.json.encode(answered(recorded(), token_ids=[10, 99, 12])))
+
+    ask(answer)
+
+    assert verify([file_of(tmp_path, *map(recorded, range(30))), "--url", "http://x"], {}) == 1
+
+    output = capsys.readouterr().out
+    assert output.count("recorded 11") == 20
+    assert "30 requests with 90 tokens asked again of fp_aaaa-bbbb-cccc: 30 differ (10 not shown)." in output
+
+
+def test_what_comes_out_of_a_pipe_is_verified_too(
+    tmp_path: Path, ask: Callable[[Handler], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(serving)
+    content = Path(file_of(tmp_path, recorded(1), recorded(2))).read_bytes()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+    writer.start()
+
+    status = verify([str(pipe), "--url", "http://x"], {})
+    writer.join()
+
+    assert status == 0
+    assert "2 requests with 6 tokens" in capsys.readouterr().out
+
+
+def test_a_recording_that_changes_meanwhile_ends_the_run(tmp_path: Path, ask: Callable[[Handler], None]) -> None:
+    path = Path(file_of(tmp_path, recorded(1), recorded(2)))
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        path.write_bytes(b"something else\n")
+        return serving(request)
+
+    ask(answer)
+
+    with pytest.raises(UnreadableRecordingError):
+        verify([str(path), "--url", "http://x", "--concurrency", "1"], {})
+
+
+def test_lines_between_blank_ones_are_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "recording.jsonl"
+    one, two = (msgspec.json.encode(recorded(number)) for number in (1, 2))
+    path.write_bytes(b"\n" + one + b"\n\n  \n" + two)
+
+    with ExitStack() as stack:
+        requests = open_recording([str(path)], stack).requests
+
+        assert [requests[1], requests[0]] == [recorded(2), recorded(1)]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from weft.core.events import TokenEvent
@@ -245,3 +246,25 @@ def test_lines_are_counted_for_the_metrics_page(path: Path) -> None:
 def test_what_is_no_recording_is_named_with_its_line(content: bytes, words: str) -> None:
     with pytest.raises(UnreadableRecordingError, match=words):
         list(read_lines(content.splitlines(keepends=True), "file"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"logprobs": ["-0x1p-3", "-0x1p-3"]}, "line 2: no line of a recording.*3 `token_ids` and 2 `logprobs`"),
+        ({"logprobs": ["-0x1p-3", "zzz", "-0x1p-3"]}, "line 2: no line of a recording.*hexadecimal"),
+        ({"logprobs": ["-0x1p-3", "0x1p99999", "-0x1p-3"]}, "line 2: no line of a recording"),
+    ],
+)
+def test_a_damaged_request_is_named_with_its_line(changes: dict[str, object], words: str) -> None:
+    good, bad = msgspec.json.encode(SERVER), json.loads(msgspec.json.encode(a_line()))
+
+    with pytest.raises(UnreadableRecordingError, match=words):
+        list(read_lines([good, json.dumps(bad | changes).encode()], "file"))
+
+
+def test_a_server_whose_flags_have_no_values_is_named_with_its_line() -> None:
+    bad = json.loads(msgspec.json.encode(SERVER)) | {"flags": ["--dtype", "float32", "--device"]}
+
+    with pytest.raises(UnreadableRecordingError, match=r"line 1: no line of a recording.*pairs of flag and value"):
+        list(read_lines([json.dumps(bad).encode()], "file"))
