@@ -53,6 +53,7 @@ class Limits:
     max_num_sequences: int = 256
     queue_timeout_s: float = 60.0
     max_wire_message_bytes: int = 64 * 1024 * 1024
+    max_frame_backlog_bytes: int = 16 * 1024 * 1024
     max_inbox_messages: int = 4096
 
     # Files that came from elsewhere.

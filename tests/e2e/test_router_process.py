@@ -9,19 +9,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
 from tests.contract.house import byte_tokenizer, ids_of
 from tests.e2e.harness import free_port
+from tests.fake_shard import FakeShard, running
 
 from weft.config import Settings, save_settings
 from weft.core.events import TokenEvent
 from weft.core.info import EngineInfo
 from weft.core.request import FinishReason, RequestId
-from weft.proto import convert
 from weft.proto.v1 import generate_pb2 as pb
-from weft.proto.v1 import generate_pb2_grpc
 
 pytestmark = pytest.mark.e2e
 
@@ -29,57 +27,38 @@ INFO = EngineInfo(model_id="tiny", vocab_size=258, max_total_tokens=64, device_n
 TEXT = "hello"
 
 
-class Shard(generate_pb2_grpc.GenerationServicer):
+class Shard(FakeShard):
     """Says TEXT to everybody, as far as `steps` allows."""
 
     def __init__(self) -> None:
+        super().__init__(INFO)
         self.steps = asyncio.Semaphore(1000)
         self.aborted: list[int] = []
+        self._speakers: set[asyncio.Task[None]] = set()
 
-    async def Generate(self, request_iterator, context) -> AsyncIterator[pb.ServerFrame]:  # noqa: N802
-        frames: asyncio.Queue[pb.ServerFrame] = asyncio.Queue()
-        reader = asyncio.create_task(self._read(request_iterator, frames))
-        try:
-            while True:
-                yield await frames.get()
-        finally:
-            reader.cancel()
+    def receive(self, frame: pb.ClientFrame) -> None:
+        if frame.WhichOneof("kind") == "add":
+            self._speakers.add(asyncio.create_task(self._speak(RequestId(frame.add.request_id))))
+        else:
+            self.aborted.append(frame.abort.request_id)
 
-    async def _read(self, client_frames, frames) -> None:
-        speakers = set()
-        async for frame in client_frames:
-            if frame.WhichOneof("kind") == "add":
-                speakers.add(asyncio.create_task(self._speak(RequestId(frame.add.request_id), frames)))
-            else:
-                self.aborted.append(frame.abort.request_id)
-
-    async def _speak(self, request_id: RequestId, frames) -> None:
+    async def _speak(self, request_id: RequestId) -> None:
         ids = ids_of(TEXT)
         for index, token_id in enumerate(ids):
             await self.steps.acquire()
             reason = FinishReason.EOS_TOKEN if index == len(ids) - 1 else None
-            event = TokenEvent(
-                request_id=request_id, token_index=index, token_id=token_id, logprob=-1.0, finish_reason=reason
+            self.send(
+                TokenEvent(
+                    request_id=request_id, token_index=index, token_id=token_id, logprob=-1.0, finish_reason=reason
+                )
             )
-            frames.put_nowait(convert.frame_from_events([event]))
-
-    async def Info(self, request, context) -> pb.InfoResponse:  # noqa: N802
-        return convert.info_to_wire(INFO)
-
-    async def Health(self, request, context) -> pb.HealthResponse:  # noqa: N802
-        return pb.HealthResponse(is_ready=True)
 
 
 @asynccontextmanager
 async def shard_at(socket: Path) -> AsyncIterator[Shard]:
-    server, shard = grpc.aio.server(), Shard()
-    generate_pb2_grpc.add_GenerationServicer_to_server(shard, server)
-    server.add_insecure_port(f"unix://{socket}")
-    await server.start()
-    try:
+    shard = Shard()
+    async with running(shard, socket):
         yield shard
-    finally:
-        await server.stop(None)
 
 
 @dataclass

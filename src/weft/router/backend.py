@@ -1,6 +1,6 @@
 """The router's side of an engine: a protocol of four methods and two implementations.
 
-`GrpcBackend` drives our own shards over one bidirectional stream; `ScriptedBackend` plays a script in tests. A
+`ShardBackend` drives our own shards over one stream for all requests; `ScriptedBackend` plays a script in tests. A
 generation yields lists: every event that has arrived since the last one, so that a reader that lags behind writes
 once for several tokens. Closing the generator aborts the request; a failure is raised as its RequestError.
 """
@@ -23,6 +23,7 @@ from weft.core.request import FinishReason, Request, RequestId
 from weft.errors import GenerationError, NotReadyError, OverloadedError, RequestError, by_code
 from weft.limits import LIMITS
 from weft.proto import convert
+from weft.proto.frames import BrokenFrameError, pack_frame, read_frames
 from weft.proto.v1 import generate_pb2 as pb
 from weft.proto.v1 import generate_pb2_grpc
 
@@ -150,7 +151,7 @@ class OpenRequest:
             self._waiter.set_result(None)
 
 
-class GrpcBackend:
+class ShardBackend:
     """Our shard: one stream for all requests, opened again after it breaks."""
 
     def __init__(
@@ -171,7 +172,7 @@ class GrpcBackend:
         self._on_delivery = on_delivery
         self._on_connection = on_connection
         self._open: dict[RequestId, OpenRequest] = {}
-        self._outbox: asyncio.Queue[pb.ClientFrame] = asyncio.Queue(maxsize=LIMITS.max_inbox_messages)
+        self._writer: asyncio.StreamWriter | None = None
         self._channel = grpc.aio.insecure_channel(
             target,
             options=(
@@ -218,7 +219,7 @@ class GrpcBackend:
             self._leave(entry, is_final=entry.vector is not None)
 
     def _enter(self, request: Request) -> OpenRequest:
-        if not self._connected.is_set():
+        if self._writer is None:
             raise NotReadyError("The model server is restarting. Try again later.", retry_after_s=2.0)
         entry = self._open[request.request_id] = OpenRequest(request)
         return entry
@@ -227,8 +228,8 @@ class GrpcBackend:
         """Forget a request; the shard is told when it may still work on it."""
         request_id = entry.request.request_id
         self._open.pop(request_id, None)
-        if not is_final and entry.is_known_to_shard and self._connected.is_set():
-            with contextlib.suppress(OverloadedError):
+        if not is_final and entry.is_known_to_shard:
+            with contextlib.suppress(OverloadedError, NotReadyError):
                 self._send(pb.ClientFrame(abort=pb.Abort(request_id=request_id)))
 
     async def info(self) -> EngineInfo:
@@ -254,21 +255,28 @@ class GrpcBackend:
         await self._channel.close(None)
 
     def _send(self, frame: pb.ClientFrame) -> None:
-        try:
-            self._outbox.put_nowait(frame)
-        except asyncio.QueueFull:
-            raise OverloadedError("Model is overloaded", retry_after_s=1.0) from None
+        """Write to the stream. Raises OverloadedError when the shard does not read what is there already."""
+        if self._writer is None:
+            raise NotReadyError("The model server is restarting. Try again later.", retry_after_s=2.0)
+        if self._writer.transport.get_write_buffer_size() > LIMITS.max_frame_backlog_bytes:
+            raise OverloadedError("Model is overloaded", retry_after_s=1.0)
+        self._writer.write(pack_frame(frame))
 
     async def _keep_connected(self) -> None:
         backoff_s = MIN_BACKOFF_S
         while True:
             try:
-                # Answers only when the model is loaded, so that no request meets a shard that refuses the stream.
-                await self._stub.Info(pb.InfoRequest(), timeout=RPC_TIMEOUT_S)
+                # Answers only when the model is loaded, so that no request meets a shard that cannot take it.
+                where = await self._stub.ServiceDiscovery(pb.ServiceDiscoveryRequest(), timeout=RPC_TIMEOUT_S)
+                reader, writer = await asyncio.open_unix_connection(where.stream_path)
                 backoff_s = MIN_BACKOFF_S
-                await self._run_stream()
+                await self._run_stream(reader, writer)
             except grpc.aio.AioRpcError as error:
                 log.debug("backend.unavailable", status=error.code().name)
+            except OSError as error:
+                log.debug("backend.unavailable", status=error.strerror)
+            except BrokenFrameError as error:
+                log.error("backend.broken_frame", reason=str(error))  # noqa: TRY400 - the reason is all there is
             self._disconnected()
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
@@ -282,28 +290,20 @@ class GrpcBackend:
         self._fail_open("The model server stopped while it worked on this request; it is being restarted. Try again.")
 
     def _fail_open(self, message: str) -> None:
-        while not self._outbox.empty():
-            self._outbox.get_nowait()
         for entry in self._open.values():
             entry.end(GenerationError(message, retry_after_s=2.0))
 
-    async def _run_stream(self) -> None:
-        call = self._stub.Generate(None)
-        writer = asyncio.create_task(self._write_frames(call), name="backend-writer")
+    async def _run_stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
         self._connected.set()
         self._on_connection(True)
         log.info("backend.connected")
         try:
-            async for frame in call:
+            async for frame in read_frames(reader, pb.ServerFrame):
                 self._deliver(frame)
         finally:
-            writer.cancel()
-            call.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
-
-    async def _write_frames(self, call: "grpc.aio.StreamStreamCall[pb.ClientFrame, pb.ServerFrame]") -> None:
-        while True:
-            await call.write(await self._outbox.get())
+            self._writer = None
+            writer.transport.abort()
 
     def _deliver(self, frame: pb.ServerFrame) -> None:
         started_ns = self._clock.now_ns()

@@ -32,7 +32,7 @@ from weft.core.clock import Clock
 from weft.core.info import EngineInfo
 from weft.errors import NotReadyError, PortInUseError, StartupError, TemplateError
 from weft.router.app import build_app
-from weft.router.backend import GrpcBackend
+from weft.router.backend import ShardBackend
 from weft.router.context import RouterContext
 from weft.router.engine_metrics import EngineMetrics
 from weft.router.lifecycle import Progress, ServerState
@@ -134,7 +134,7 @@ class RouterProcess:
         metrics = Registry()
         self._engine_metrics = EngineMetrics(metrics)
         clock = SystemClock()
-        self._backend = GrpcBackend(
+        self._backend = ShardBackend(
             f"unix://{self._run_dir / 'shard-0.sock'}",
             clock,
             on_stats=self._engine_metrics.note_step,

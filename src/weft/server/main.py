@@ -1,8 +1,8 @@
 """A shard process: `python -m weft.server.main --run-dir D --rank R --world-size N`.
 
-Rank 0 answers gRPC on `<run dir>/shard-0.sock` and runs the engine; every other rank runs the plans it is sent. The
-process ends with the exit code of a StartupError, with 0 after SIGTERM, and with 70 (EX_SOFTWARE) when the engine
-cannot be trusted any more.
+Rank 0 answers gRPC on `<run dir>/shard-0.sock`, takes streams on `<run dir>/frames.sock` and runs the engine; every
+other rank runs the plans it is sent. The process ends with the exit code of a StartupError, with 0 after SIGTERM, and
+with 70 (EX_SOFTWARE) when the engine cannot be trusted any more.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from weft.server.executor import Executor, LocalExecutor, ShardExecutor
 from weft.server.request_spans import RequestSpans
 from weft.server.service import GenerationService
 from weft.server.startup import PhaseTimer, StartedRank, start_rank
+from weft.server.streams import RouterStreams
 from weft.telemetry import logging as weft_logging
 from weft.telemetry.tracing import open_tracing
 
@@ -99,7 +100,8 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
     clock = SystemClock()
     url = f"unix://{run_dir / 'shard-0.sock'}"
     tracing = open_tracing(settings, "shard-0", __version__, clock)
-    service = GenerationService(clock, [url], None if tracing is None else RequestSpans(tracing, clock))
+    streams = RouterStreams(clock, run_dir / "frames.sock", None if tracing is None else RequestSpans(tracing, clock))
+    service = GenerationService([url], streams.path)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", LIMITS.max_wire_message_bytes),
@@ -134,11 +136,12 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
         Scheduler(started.scheduler_config),
         executor,
         clock,
-        service.deliver_threadsafe,
+        streams.deliver_threadsafe,
         on_fatal,
         lookahead=settings.lookahead,
     )
     engine.start()
+    await streams.listen(engine, started.info)
     service.open(engine, started.info, dict(started.info.phases)["warmup"])
     # What exists now lives as long as the process: keep the collector from walking it in the middle of a step.
     gc.collect()
@@ -146,6 +149,7 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
     log.info("startup.ready", rank=0, **asdict(started.info))
     await stopping
     await server.stop(STOP_GRACE_S)
+    await streams.close()
     if fatal:
         raise fatal[0]
     await loop.run_in_executor(None, engine.stop)

@@ -1,4 +1,4 @@
-"""GrpcBackend against a shard of this process: order, aborts, failures, death and return of the shard."""
+"""ShardBackend against a shard of this process: order, aborts, failures, death and return of the shard."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -6,17 +6,17 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import pytest
+from tests.fake_shard import FakeShard, running
 
 from weft.core.events import EmbeddingEvent, FailureEvent, PromptReport, TokenEvent
 from weft.core.info import EngineHealth, EngineInfo, EngineStats
 from weft.core.request import FinishReason, Pooling, Request, RequestId, SamplingParams, StopConditions
 from weft.errors import GenerationError, NotReadyError, NumericalError, OverloadedError, RequestError, ValidationError
+from weft.limits import LIMITS
 from weft.proto import convert
 from weft.proto.v1 import generate_pb2 as pb
-from weft.proto.v1 import generate_pb2_grpc
-from weft.router.backend import GrpcBackend, Script, ScriptedBackend, error_from_event
+from weft.router.backend import Script, ScriptedBackend, ShardBackend, error_from_event
 
 INFO = EngineInfo(model_id="m", vocab_size=10, max_total_tokens=20)
 
@@ -46,54 +46,24 @@ def token(number: int, index: int, *, final: bool = False) -> TokenEvent:
     )
 
 
-class FakeShard(generate_pb2_grpc.GenerationServicer):
-    """Notes what comes in; sends what the test puts into `outgoing`."""
+class NotingShard(FakeShard):
+    """Notes what comes in."""
 
     def __init__(self) -> None:
+        super().__init__(INFO)
         self.added: asyncio.Queue[Request] = asyncio.Queue()
         self.aborted: asyncio.Queue[int] = asyncio.Queue()
-        self.outgoing: asyncio.Queue[pb.ServerFrame] = asyncio.Queue()
 
-    async def Generate(self, request_iterator, context) -> AsyncIterator[pb.ServerFrame]:  # noqa: N802
-        reader = asyncio.create_task(self._read(request_iterator))
-        try:
-            while True:
-                yield await self.outgoing.get()
-        finally:
-            reader.cancel()
-
-    async def _read(self, frames) -> None:
-        async for frame in frames:
-            if frame.WhichOneof("kind") == "add":
-                self.added.put_nowait(convert.request_from_wire(frame.add, 0))
-            else:
-                self.aborted.put_nowait(frame.abort.request_id)
-
-    async def Info(self, request, context) -> pb.InfoResponse:  # noqa: N802
-        return convert.info_to_wire(INFO)
-
-    async def Health(self, request, context) -> pb.HealthResponse:  # noqa: N802
-        return pb.HealthResponse(is_ready=True, stalled_ns=3)
-
-    def send(self, *events: TokenEvent | FailureEvent, stats: EngineStats | None = None) -> None:
-        self.outgoing.put_nowait(convert.frame_from_events(events, stats))
+    def receive(self, frame: pb.ClientFrame) -> None:
+        if frame.WhichOneof("kind") == "add":
+            self.added.put_nowait(convert.request_from_wire(frame.add, 0))
+        else:
+            self.aborted.put_nowait(frame.abort.request_id)
 
 
 @asynccontextmanager
-async def running(shard: FakeShard, socket: Path) -> AsyncIterator[None]:
-    server = grpc.aio.server()
-    generate_pb2_grpc.add_GenerationServicer_to_server(shard, server)
-    server.add_insecure_port(f"unix://{socket}")
-    await server.start()
-    try:
-        yield
-    finally:
-        await server.stop(None)
-
-
-@asynccontextmanager
-async def connected(socket: Path, **callbacks: Callable[..., None]) -> AsyncIterator[GrpcBackend]:
-    backend = GrpcBackend(f"unix://{socket}", Clock(), **callbacks)
+async def connected(socket: Path, **callbacks: Callable[..., None]) -> AsyncIterator[ShardBackend]:
+    backend = ShardBackend(f"unix://{socket}", Clock(), **callbacks)
     try:
         async with asyncio.timeout(5):
             await backend.wait_connected()
@@ -102,13 +72,13 @@ async def connected(socket: Path, **callbacks: Callable[..., None]) -> AsyncIter
         await backend.close()
 
 
-async def collect(backend: GrpcBackend, wanted: Request) -> list[TokenEvent]:
+async def collect(backend: ShardBackend, wanted: Request) -> list[TokenEvent]:
     async with asyncio.timeout(5), aclosing(backend.generate(wanted)) as batches:
         return [event async for batch in batches for event in batch]
 
 
 async def test_a_request_arrives_whole_and_its_events_come_back_in_order(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         task = asyncio.create_task(collect(backend, request(1)))
         assert await shard.added.get() == request(1)
@@ -121,7 +91,7 @@ async def test_a_request_arrives_whole_and_its_events_come_back_in_order(tmp_pat
 
 
 async def test_frames_are_split_by_request(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         tasks = [asyncio.create_task(collect(backend, request(number))) for number in (1, 2)]
         for _ in tasks:
@@ -134,7 +104,7 @@ async def test_frames_are_split_by_request(tmp_path: Path):
 
 
 async def test_closing_the_generator_aborts(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         batches = backend.generate(request(1))
         first = asyncio.create_task(anext(batches))
@@ -150,7 +120,7 @@ async def test_closing_the_generator_aborts(tmp_path: Path):
 
 
 async def test_cancelling_a_waiting_reader_aborts(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         task = asyncio.create_task(collect(backend, request(1)))
         await shard.added.get()
@@ -161,7 +131,7 @@ async def test_cancelling_a_waiting_reader_aborts(tmp_path: Path):
 
 
 async def test_a_failure_keeps_its_class_and_touches_no_neighbour(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         broken = asyncio.create_task(collect(backend, request(1)))
         healthy = asyncio.create_task(collect(backend, request(2)))
@@ -177,7 +147,7 @@ async def test_a_failure_keeps_its_class_and_touches_no_neighbour(tmp_path: Path
 
 
 async def test_a_dead_shard_ends_each_open_request_once_and_its_successor_serves(tmp_path: Path):
-    shard, connections = FakeShard(), []
+    shard, connections = NotingShard(), []
     async with connected_after(running(shard, tmp_path / "s"), tmp_path / "s", connections) as (backend, stop):
         batches = backend.generate(request(1))
         first = asyncio.create_task(anext(batches))
@@ -195,7 +165,7 @@ async def test_a_dead_shard_ends_each_open_request_once_and_its_successor_serves
             await collect(backend, request(2))
         assert not (await backend.health()).is_ready
 
-        successor = FakeShard()
+        successor = NotingShard()
         async with running(successor, tmp_path / "s"):
             async with asyncio.timeout(10):
                 await backend.wait_connected()
@@ -228,7 +198,7 @@ async def connected_after(shard_running, socket: Path, connections: list[bool]):
 
 
 async def test_a_reader_that_lags_loses_its_request_and_the_stream_goes_on(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         batches = backend.generate(request(1))
         first = asyncio.create_task(anext(batches))
@@ -249,8 +219,9 @@ async def test_a_reader_that_lags_loses_its_request_and_the_stream_goes_on(tmp_p
 
 
 async def test_statistics_and_facts_come_along(tmp_path: Path):
-    shard, seen = FakeShard(), []
+    shard, seen = NotingShard(), []
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s", on_stats=seen.append) as backend:
+        await shard.has_router.wait()
         shard.send(stats=EngineStats(num_steps=4, num_running=2))
         async with asyncio.timeout(5):
             while not seen:  # noqa: ASYNC110 - the callback is the event
@@ -262,7 +233,7 @@ async def test_statistics_and_facts_come_along(tmp_path: Path):
 
 
 async def test_without_a_shard_nothing_hangs(tmp_path: Path):
-    backend = GrpcBackend(f"unix://{tmp_path / 'nobody'}", Clock())
+    backend = ShardBackend(f"unix://{tmp_path / 'nobody'}", Clock())
 
     assert await backend.health() == EngineHealth(is_ready=False)
     with pytest.raises(NotReadyError):
@@ -304,7 +275,7 @@ def vector(number: int) -> EmbeddingEvent:
 
 
 async def test_a_vector_comes_back_to_its_request(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         wanted = [replace(request(number), pooling=Pooling.MEAN) for number in (1, 2)]
         tasks = [asyncio.create_task(backend.embed(each)) for each in wanted]
@@ -321,7 +292,7 @@ async def test_a_vector_comes_back_to_its_request(tmp_path: Path):
 
 
 async def test_cancelling_the_wait_for_a_vector_aborts(tmp_path: Path):
-    shard = FakeShard()
+    shard = NotingShard()
     async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
         task = asyncio.create_task(backend.embed(request(1)))
         await shard.added.get()
@@ -331,3 +302,40 @@ async def test_cancelling_the_wait_for_a_vector_aborts(tmp_path: Path):
             assert await shard.aborted.get() == 1
         shard.send(vector(1))  # a late event for a request that is gone harms nobody
         assert backend.open_requests == ()
+
+
+@pytest.mark.parametrize("sent", [b"\xff\xff\xff\xff", b"\x02\x00\x00\x00\x0a\xff"], ids=["length", "message"])
+async def test_a_frame_that_cannot_be_read_ends_the_stream_and_a_new_one_is_opened(tmp_path: Path, sent: bytes):
+    shard, connections = NotingShard(), []
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s", on_connection=connections.append) as backend:
+        task = asyncio.create_task(collect(backend, request(1)))
+        await shard.added.get()
+        shard.send_bytes(sent)
+
+        with pytest.raises(GenerationError):
+            await task
+        async with asyncio.timeout(5):
+            while len(connections) < 3:  # noqa: ASYNC110 - the callback is the event
+                await asyncio.sleep(0.01)
+        task = asyncio.create_task(collect(backend, request(2)))
+        await shard.added.get()
+        shard.send(token(2, 0, final=True))
+        assert len(await task) == 1
+
+
+async def test_a_shard_that_does_not_read_is_overloaded_and_memory_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("weft.router.backend.LIMITS", replace(LIMITS, max_frame_backlog_bytes=100_000))
+    shard = NotingShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        await shard.has_router.wait()
+        shard.stop_reading()
+        wanted = replace(request(1), prompt_token_ids=(70_000,) * 50_000)
+        asked = (replace(wanted, request_id=RequestId(number)) for number in range(40))
+        readers = [asyncio.create_task(collect(backend, each)) for each in asked]
+        done, _ = await asyncio.wait(readers, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert {type(reader.exception()) for reader in done} == {OverloadedError}
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)

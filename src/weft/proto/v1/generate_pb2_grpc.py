@@ -34,11 +34,6 @@ class GenerationStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.stream_stream(
-                '/weft.v1.Generation/Generate',
-                request_serializer=weft_dot_proto_dot_v1_dot_generate__pb2.ClientFrame.SerializeToString,
-                response_deserializer=weft_dot_proto_dot_v1_dot_generate__pb2.ServerFrame.FromString,
-                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/weft.v1.Generation/Info',
                 request_serializer=weft_dot_proto_dot_v1_dot_generate__pb2.InfoRequest.SerializeToString,
@@ -68,13 +63,6 @@ class GenerationStub:
 
 class GenerationServicer:
     """Missing associated documentation comment in .proto file."""
-
-    def Generate(self, request_iterator, context):
-        """Adds and aborts go up, token events come down. Closing the stream aborts every request opened on it.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Info(self, request, context):
         """What the shard serves: model, sizes, memory.
@@ -114,11 +102,6 @@ class GenerationServicer:
 
 def add_GenerationServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.stream_stream_rpc_method_handler(
-                    servicer.Generate,
-                    request_deserializer=weft_dot_proto_dot_v1_dot_generate__pb2.ClientFrame.FromString,
-                    response_serializer=weft_dot_proto_dot_v1_dot_generate__pb2.ServerFrame.SerializeToString,
-            ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
                     request_deserializer=weft_dot_proto_dot_v1_dot_generate__pb2.InfoRequest.FromString,
@@ -154,33 +137,6 @@ def add_GenerationServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Generation:
     """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Generate(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/weft.v1.Generation/Generate',
-            weft_dot_proto_dot_v1_dot_generate__pb2.ClientFrame.SerializeToString,
-            weft_dot_proto_dot_v1_dot_generate__pb2.ServerFrame.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Info(request,
