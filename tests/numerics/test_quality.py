@@ -8,10 +8,13 @@ import pytest
 import torch
 from tests.numerics.checkpoints import random_model, save
 from tests.numerics.families import FAMILIES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from weft.config import Settings
 from weft.core.info import QualityReceipt
-from weft.errors import StartupError
+from weft.errors import StartupError, UsageError
 from weft.models.decoder import Decoder, load_decoder
 from weft.models.quant.rounded import int4, int8
 from weft.models.quant.scheme import QuantScheme, Unquantized
@@ -65,6 +68,33 @@ def subject(path: Path, scheme: QuantScheme) -> quality.Subject:
 def some_ids(path: Path, count: int) -> list[int]:
     draw = torch.Generator().manual_seed(1)
     return torch.randint(describe(path).vocab_size, (count,), generator=draw).tolist()
+
+
+def save_tokenizer(directory: Path, vocabulary: dict[str, int]) -> Path:
+    """One token per word; words that are in no vocabulary are number 0."""
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, **vocabulary}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_a_text_of_tokens_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    first_word = quality.quality_text().split()[0]
+    directory = save_tokenizer(tmp_path, {first_word: 211})
+
+    # The text has fewer words than a receipt needs tokens.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "MIN_TOKENS", 10)
+        assert 211 in quality.text_token_ids(directory, tmp_path, 212)
+        with pytest.raises(UsageError, match=r"makes token 211 of the text, and the model has 211\. Leave it out"):
+            quality.text_token_ids(directory, tmp_path, 211)
+
+
+def test_a_tokenizer_that_makes_too_few_tokens_is_refused(tmp_path: Path) -> None:
+    num_words = len(quality.quality_text().split())
+
+    with pytest.raises(UsageError, match=rf"makes {num_words:,} tokens of the text, and 2,000 are needed"):
+        quality.text_token_ids(save_tokenizer(tmp_path, {}), tmp_path, 211)
 
 
 def test_a_model_is_as_good_as_itself_and_worse_with_fewer_bits(checkpoint: Path) -> None:

@@ -41,13 +41,24 @@ def quality_text() -> str:
     return resources.files("weft.server").joinpath("quality_text.txt").read_text(encoding="utf-8")
 
 
-def text_token_ids(model_path: Path, cache_dir: Path) -> list[int]:
-    """The fixed text in a model's own tokens."""
+def text_token_ids(model_path: Path, cache_dir: Path, vocab_size: int) -> list[int]:
+    """The fixed text in a model's own tokens.
+
+    Raises   UsageError: the tokenizer makes too few of it, or some that the model does not have
+    """
     # Here, because a shard needs no tokenizer for anything else.
     from weft.text.assets import load_text_assets
 
     tokenizer = load_text_assets(model_path, cache_dir, None).tokenizer
-    return tokenizer.encode(quality_text(), add_special_tokens=False)
+    token_ids = tokenizer.encode(quality_text(), add_special_tokens=False)
+    problem = ""
+    if len(token_ids) < MIN_TOKENS:
+        problem = f"the model's tokenizer makes {len(token_ids):,} tokens of the text, and {MIN_TOKENS:,} are needed"
+    elif max(token_ids) >= vocab_size:
+        problem = f"the model's tokenizer makes token {max(token_ids)} of the text, and the model has {vocab_size:,}"
+    if problem:
+        raise UsageError(f"--quality-receipt: {problem}. Leave it out to serve the model without a receipt.")
+    return token_ids
 
 
 def kept_receipt(weights_digest: str, configuration: NumericConfiguration) -> QualityReceipt | None:

@@ -553,7 +553,7 @@ def _measured_quality(
     return quality.measure(
         quality.Subject(exact, _kv_pool(exact, layout, num_blocks, layout.dtype)),
         quality.Subject(decoder, _kv_pool(decoder, layout, num_blocks, layout.kv_dtype)),
-        quality.text_token_ids(path, Path(settings.cache_dir)),
+        quality.text_token_ids(path, Path(settings.cache_dir), description.vocab_size),
         layout.dtype_name,
         piece_tokens,
     )
