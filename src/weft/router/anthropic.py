@@ -8,6 +8,7 @@ Source: Anthropic API reference, messages and their streaming, version 2023-06-0
 
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -155,7 +156,8 @@ async def _stream(context: RouterContext, exchange: Exchange, job: _Job) -> None
     has_begun = False
     with stream, Generation(context, exchange, job.conversation.requests, [job.sequence]) as generation:
         stream.announce(headers)
-        async with aclosing(generation.progress()) as progress:
+        show = partial(stream.show, partial(_delta_frames, job.sequence))
+        async with aclosing(generation.progress(show)) as progress:
             async for _, batch in progress:
                 frames = b""
                 if not has_begun:
@@ -163,14 +165,16 @@ async def _stream(context: RouterContext, exchange: Exchange, job: _Job) -> None
                     await stream.open(headers)
                     begin = named_frame("message_start", MessageStart(message=job.answer(exchange, None)))
                     frames = begin + _BLOCK_START + _OPENING_PING
-                if text := _push(job.sequence, batch):
-                    delta = ContentBlockDelta(index=0, delta=TextDelta(text=text))
-                    frames += named_frame("content_block_delta", delta)
-                if frames:
+                if frames := frames + _delta_frames(job.sequence, batch):
                     await stream.write(frames)
         stop = StopDelta(stop_reason=job.stop_reason, stop_sequence=job.sequence.matched_stop)
         last = named_frame("message_delta", MessageDelta(delta=stop, usage=job.usage(exchange)))
         await stream.close(_BLOCK_STOP + last + _MESSAGE_STOP)
+
+
+def _delta_frames(sequence: SequenceText, batch: TokenBatch) -> bytes:
+    text = _push(sequence, batch)
+    return named_frame("content_block_delta", ContentBlockDelta(index=0, delta=TextDelta(text=text))) if text else b""
 
 
 def _push(sequence: SequenceText, batch: TokenBatch) -> str:

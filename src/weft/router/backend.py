@@ -36,12 +36,18 @@ MAX_BACKOFF_S = 0.25
 TokenBatch = Sequence[TokenEvent]
 """One or more events of one request, in order."""
 
+Taker = Callable[[TokenEvent], bool]
+"""Is offered an event the moment it arrives and says whether it took it: nobody has to wake up for that one."""
+
 
 class Backend(Protocol):
     """Any engine."""
 
-    def generate(self, request: Request) -> AsyncGenerator[TokenBatch, None]:
-        """Events until the final one. Closing it aborts. Raises RequestError."""
+    def generate(self, request: Request, taker: Taker | None = None) -> AsyncGenerator[TokenBatch, None]:
+        """Events until the final one, but for those that `taker` took. Closing it aborts. Raises RequestError.
+
+        `taker` is offered what arrives while the reader waits, except the final event; what it raises is raised here.
+        """
         ...
 
     async def embed(self, request: Request) -> EmbeddingEvent:
@@ -90,10 +96,11 @@ class OpenRequest:
     """One request on the stream, with all that is needed to add it again to another shard."""
 
     request: Request
+    taker: Taker | None = None
     emitted_token_ids: list[int] = field(default_factory=list)
     pending: list[TokenEvent] = field(default_factory=list)
     vector: EmbeddingEvent | None = None
-    failure: RequestError | None = None
+    failure: Exception | None = None
     is_known_to_shard: bool = True
     """The shard may still be working on it: giving it up means telling the shard."""
     _waiter: "asyncio.Future[None] | None" = None
@@ -106,6 +113,8 @@ class OpenRequest:
             self.fail(OverloadedError("The reader of this stream is too slow; the generation was stopped"))
             return
         self.emitted_token_ids.append(event.token_id)
+        if event.finish_reason is None and self._is_awaited and self._is_taken(event):
+            return
         self.pending.append(event)
         self._wake()
 
@@ -119,7 +128,7 @@ class OpenRequest:
         self.is_known_to_shard = False
         self.fail(error)
 
-    def fail(self, error: RequestError) -> None:
+    def fail(self, error: Exception) -> None:
         """End the request after the events that are already here."""
         self.failure = error
         self._wake()
@@ -140,6 +149,19 @@ class OpenRequest:
                 raise self.failure
             await self._change()
         return self.vector
+
+    @property
+    def _is_awaited(self) -> bool:
+        """The reader has read everything and waits."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def _is_taken(self, event: TokenEvent) -> bool:
+        """Offer an event. A fault of the taker is its own request's, and belongs to whoever answers that."""
+        try:
+            return self.taker is not None and self.taker(event)
+        except Exception as error:  # noqa: BLE001 - raised again by the reader
+            self.fail(error)
+            return True
 
     def _change(self) -> "asyncio.Future[None]":
         """Done when something is put or fails."""
@@ -196,9 +218,9 @@ class ShardBackend:
         """Until the stream to the shard is open."""
         await self._connected.wait()
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenBatch, None]:
+    async def generate(self, request: Request, taker: Taker | None = None) -> AsyncGenerator[TokenBatch, None]:
         """See `Backend.generate`."""
-        entry = self._enter(request)
+        entry = self._enter(request, taker)
         is_final = False
         try:
             self._send(pb.ClientFrame(add=convert.request_to_wire(request, self._clock.now_ns())))
@@ -218,10 +240,10 @@ class ShardBackend:
         finally:
             self._leave(entry, is_final=entry.vector is not None)
 
-    def _enter(self, request: Request) -> OpenRequest:
+    def _enter(self, request: Request, taker: Taker | None = None) -> OpenRequest:
         if self._writer is None:
             raise NotReadyError("The model server is restarting. Try again later.", retry_after_s=2.0)
-        entry = self._open[request.request_id] = OpenRequest(request)
+        entry = self._open[request.request_id] = OpenRequest(request, taker)
         return entry
 
     def _leave(self, entry: OpenRequest, *, is_final: bool) -> None:
@@ -367,7 +389,7 @@ class ScriptedBackend:
         self.aborted: list[RequestId] = []
         self.health_now = EngineHealth(is_ready=True)
 
-    async def generate(self, request: Request) -> AsyncGenerator[TokenBatch, None]:
+    async def generate(self, request: Request, taker: Taker | None = None) -> AsyncGenerator[TokenBatch, None]:
         """See `Backend.generate`."""
         self.requests.append(request)
         is_final = False
@@ -380,6 +402,9 @@ class ScriptedBackend:
                 if index == script.fail_after:
                     is_final = True
                     raise script.error
+                is_offered = self._batch_size == 1 and event.finish_reason is None
+                if is_offered and taker is not None and taker(event):
+                    continue
                 batch.append(event)
                 is_last = index == len(events) - 1
                 if len(batch) == self._batch_size or is_last:

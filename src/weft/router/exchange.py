@@ -26,6 +26,8 @@ RawHeaders = list[tuple[bytes, bytes]]
 SCOPE_KEY = "weft.exchange"
 ABORT_KEY = "weft.abort"
 """Scope entry of our HTTP protocol: closes the transport at once."""
+FLOW_KEY = "weft.flow"
+"""Scope entry of our HTTP protocol: knows whether the client reads what is sent."""
 
 UNMATCHED = "unmatched"
 _SANE_REQUEST_ID = re.compile(rf"[\x21-\x7e]{{1,{LIMITS.max_request_id_chars}}}")
@@ -110,6 +112,12 @@ class Exchange:
     def is_answering(self) -> bool:
         """The status line is out."""
         return self.status != 0
+
+    @property
+    def sends_at_once(self) -> bool:
+        """Sending would not wait: the client reads. False where nobody knows."""
+        flow = self.scope.get(FLOW_KEY)
+        return flow is not None and not flow.write_paused
 
     def abort_connection(self) -> None:
         """Close the connection without waiting for a reader that does not read."""

@@ -5,7 +5,7 @@ choice or thirty. Leaving the loop, by any way, ends what still runs.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from functools import partial
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import Self
 from weft.core.events import TokenEvent
 from weft.core.request import FinishReason, Request
 from weft.errors import IncompleteGenerationError, RequestError
-from weft.router.backend import Backend, TokenBatch
+from weft.router.backend import Backend, Taker, TokenBatch
 from weft.router.context import RouterContext
 from weft.router.exchange import Exchange, RawHeaders
 from weft.router.recording import REPLAY_PATH, request_line, system_fingerprint
@@ -22,6 +22,8 @@ from weft.router.request_trace import note_requests
 from weft.router.sequence_text import SequenceText
 
 Progress = tuple[SequenceText, TokenBatch]
+Show = Callable[[TokenBatch], bool]
+"""Shows a batch to the client at once, or says that this is not possible now."""
 
 
 class Generation:
@@ -72,8 +74,11 @@ class Generation:
         exchange.finish_reason = self.sequences[0].finish_reason or ""
         self._context.admission.observe_duration((timings.finished_ns - timings.queued_ns) / 1e9)
 
-    async def progress(self) -> AsyncGenerator[Progress, None]:
-        """(sequence, its new events) until every sequence has ended. Raises RequestError when any fails."""
+    async def progress(self, show: Show | None = None) -> AsyncGenerator[Progress, None]:
+        """(sequence, its new events) until every sequence has ended. Raises RequestError when any fails.
+
+        `show`: is offered the events of a lone sequence first, as they arrive; what it showed is not repeated here.
+        """
         if len(self._requests) > 1:
             async with aclosing(_merge(self._context.backend, self._requests, self.sequences)) as merged:
                 async for sequence, batch in merged:
@@ -81,13 +86,24 @@ class Generation:
                     yield sequence, batch
             return
         sequence = self.sequences[0]
-        async with aclosing(self._context.backend.generate(self._requests[0])) as batches:
+        taker = None if show is None or sequence.has_stop_strings else self._taker(show)
+        async with aclosing(self._context.backend.generate(self._requests[0], taker)) as batches:
             async for batch in batches:
                 self._account(0, batch)
                 yield sequence, batch
                 if sequence.finish_reason is not None:
                     return
         raise IncompleteGenerationError("Incomplete generation")
+
+    def _taker(self, show: Show) -> Taker:
+        def take(event: TokenEvent) -> bool:
+            batch = (event,)
+            if not show(batch):
+                return False
+            self._account(0, batch)
+            return True
+
+        return take
 
     def _is_first_of_its_prompt(self, index: int) -> bool:
         """Later choices of a prompt find what the first one has just computed, which is no news to the client."""

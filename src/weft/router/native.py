@@ -6,6 +6,7 @@ Source: TGI 3.3.7 `router/src/server.rs`, as facts; ranges and texts in `validat
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -367,7 +368,7 @@ async def _stream(
     stream = EventStream(exchange, context.streams, native_end_frames)
     with stream, Generation(context, exchange, prepared.requests, sequences) as generation:
         stream.announce(prepared.headers)
-        async with aclosing(generation.progress()) as progress:
+        async with aclosing(generation.progress(partial(stream.show, writer.frames))) as progress:
             async for _, batch in progress:
                 if not stream.is_open:
                     await stream.open(prepared.headers)

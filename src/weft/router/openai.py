@@ -6,6 +6,7 @@ Source: OpenAI API reference; ranges in `validate.py`, conversations in `chat_pr
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from weft.core.request import Request
 from weft.errors import ValidationError
@@ -215,7 +216,8 @@ async def _stream(context: RouterContext, exchange: Exchange, job: _Job) -> None
     stream = EventStream(exchange, context.streams, openai_end_frames)
     with stream, Generation(context, exchange, job.requests, job.sequences) as generation:
         stream.announce(job.headers)
-        async with aclosing(generation.progress()) as progress:
+        show = partial(stream.show, job.choices[0].frames)
+        async with aclosing(generation.progress(show)) as progress:
             async for sequence, batch in progress:
                 if not stream.is_open:
                     await stream.open(job.headers)

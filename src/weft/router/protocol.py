@@ -19,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from weft.errors import BadRequestError, HeadersTooLargeError, RequestError, RequestTimeoutError
 from weft.limits import LIMITS
 from weft.router.error_replies import body_of, dialect_of, status_of
-from weft.router.exchange import ABORT_KEY, new_request_id
+from weft.router.exchange import ABORT_KEY, FLOW_KEY, new_request_id
 from weft.router.lifecycle import Progress, ServerState
 
 _OVERHEAD_PER_HEADER = 4
@@ -96,7 +96,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._stop_header_timer()
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             self._stop_parsing(BadRequestError("Only HTTP/1.0 and HTTP/1.1 are spoken here"))
-        cast("dict[str, object]", self.scope)[ABORT_KEY] = self.transport.abort
+        scope = cast("dict[str, object]", self.scope)
+        scope[ABORT_KEY], scope[FLOW_KEY] = self.transport.abort, self.flow
         super().on_headers_complete()
 
     def _stop_parsing(self, error: RequestError) -> None:

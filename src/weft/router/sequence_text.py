@@ -54,6 +54,11 @@ class SequenceText:
         """The newest token is no part of the text."""
 
     @property
+    def has_stop_strings(self) -> bool:
+        """The text may end before the engine says so."""
+        return self._matcher is not None
+
+    @property
     def matched_stop(self) -> str | None:
         """The stop string that ended the text, if one did."""
         is_stopped = self.finish_reason is FinishReason.STOP_SEQUENCE

@@ -7,15 +7,16 @@ Source: WHATWG HTML, server-sent events; RELIABILITY R02
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Self
 
 import msgspec
 from starlette.types import Send
 
 from weft.core.clock import Clock
-from weft.errors import ClientGoneError, RequestError
+from weft.errors import ClientGoneError, InvariantBroken, RequestError
 from weft.limits import LIMITS
+from weft.router.backend import TokenBatch
 from weft.router.exchange import Exchange
 from weft.telemetry.metrics import Registry
 
@@ -109,6 +110,15 @@ class EventStream:
             raise ClientGoneError("The client stopped reading its stream") from None
         self.is_writing = False
 
+    def show(self, frames_of: Callable[[TokenBatch], bytes], batch: TokenBatch) -> bool:
+        """Send what becomes of a batch, unless that would mean waiting: then nothing has happened and it is False."""
+        if not self.is_open or self.is_writing or self._exchange.is_complete or not self._exchange.sends_at_once:
+            return False
+        if frames := frames_of(batch):
+            self.num_writes += 1
+            _run_at_once(self._send_body({"type": "http.response.body", "body": frames, "more_body": True}))
+        return True
+
     async def close(self, frames: bytes = b"") -> None:
         """Send the last frames and end the stream. Raises ClientGoneError as `write` does."""
         self._exchange.end_stream = None
@@ -135,6 +145,15 @@ class EventStream:
         await self.open(self._headers)
         if not self._is_over:
             await self._send_body({"type": "http.response.body", "body": _COMMENT_FRAME, "more_body": True})
+
+
+def _run_at_once(waiting: Awaitable[None]) -> None:
+    """Run what is known not to wait."""
+    try:
+        next(waiting.__await__())
+    except StopIteration:
+        return
+    raise InvariantBroken("the server waits to send although its client reads")
 
 
 class StreamWatch:

@@ -339,3 +339,65 @@ async def test_a_shard_that_does_not_read_is_overloaded_and_memory_is_bounded(
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+
+
+class Taking:
+    """Takes every event that `takes` allows, and notes it."""
+
+    def __init__(self, takes: Callable[[TokenEvent], bool] = lambda _: True) -> None:
+        self._takes = takes
+        self.taken: list[TokenEvent] = []
+
+    def __call__(self, event: TokenEvent) -> bool:
+        if not self._takes(event):
+            return False
+        self.taken.append(event)
+        return True
+
+
+async def collect_rest(backend: ShardBackend, wanted: Request, taking: Taking) -> list[TokenEvent]:
+    async with asyncio.timeout(5), aclosing(backend.generate(wanted, taking)) as batches:
+        return [event async for batch in batches for event in batch]
+
+
+async def test_what_a_taker_takes_is_not_read_again_and_the_final_event_always_is(tmp_path: Path):
+    shard, taking = NotingShard(), Taking()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        task = asyncio.create_task(collect_rest(backend, request(1), taking))
+        await shard.added.get()
+        shard.send(token(1, 0), token(1, 1))
+        shard.send(token(1, 2), token(1, 3, final=True))
+
+        assert await task == [token(1, 3, final=True)]
+        assert taking.taken == [token(1, 0), token(1, 1), token(1, 2)]
+
+
+async def test_behind_an_event_that_nobody_took_the_order_is_kept(tmp_path: Path):
+    shard, taking = NotingShard(), Taking(lambda event: event.token_index != 1)
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        task = asyncio.create_task(collect_rest(backend, request(1), taking))
+        await shard.added.get()
+        shard.send(token(1, 0), token(1, 1), token(1, 2), token(1, 3, final=True))
+
+        assert await task == [token(1, 1), token(1, 2), token(1, 3, final=True)]
+        assert taking.taken == [token(1, 0)]
+
+
+async def test_a_taker_that_fails_ends_its_own_request_alone(tmp_path: Path):
+    def explode(_: TokenEvent) -> bool:
+        raise ValueError("a bug")
+
+    shard = NotingShard()
+    async with running(shard, tmp_path / "s"), connected(tmp_path / "s") as backend:
+        broken = asyncio.create_task(collect_rest(backend, request(1), Taking(explode)))
+        healthy = asyncio.create_task(collect_rest(backend, request(2), Taking()))
+        for _ in range(2):
+            await shard.added.get()
+        shard.send(token(1, 0), token(2, 0))
+        shard.send(token(2, 1, final=True))
+
+        with pytest.raises(ValueError, match="a bug"):
+            await broken
+        assert await healthy == [token(2, 1, final=True)]
+        async with asyncio.timeout(5):
+            assert await shard.aborted.get() == 1
