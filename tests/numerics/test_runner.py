@@ -1,10 +1,10 @@
 """The runner's promises, on a model small enough to be computed by hand: what it stores, writes back and reports."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
+from msgspec.structs import replace
 from tests.numerics.paged_driver import SharedExchange, ThreadedGroup
 from tests.numerics.runner_driver import RunnerDriver
 from tests.numerics.tiny_model import TinyModel
@@ -12,8 +12,12 @@ from tests.numerics.tiny_model import TinyModel
 from weft.core.plan import StepPlan
 from weft.core.request import SamplingParams
 from weft.errors import InvariantBroken
+from weft.kernels import ops
+from weft.models.forward_batch import ForwardBatch
 from weft.runner import runner as runner_module
+from weft.runner.sampling.parameters import Float32Array
 from weft.runner.sampling.sampler import SampledTokens
+from weft.runner.slots import Int64Array
 
 pytestmark = pytest.mark.numerics
 
@@ -299,6 +303,76 @@ def test_an_id_outside_the_vocabulary_fails_its_row_and_is_never_looked_up(
 
     assert result.failures == {0: code}
     assert second.completion == greedy_by_hand(model, PROMPT, 2)
+
+
+class Choosing(Breaking):
+    """A model that also chooses, and can be told to raise."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.num_choices = 0
+        self.raises = False
+
+    def greedy(self, batch: ForwardBatch) -> tuple[Int64Array, Float32Array]:
+        if self.raises:
+            raise RuntimeError("the device is unwell")
+        self.num_choices += 1
+        token_ids, logprobs = ops.greedy(self.forward(batch))
+        return token_ids.numpy(), logprobs.numpy()
+
+
+def test_a_model_that_chooses_is_asked_as_long_as_all_are_greedy() -> None:
+    model = Choosing(VOCAB)
+    driver = new_driver(model)
+    greedy, drawn = driver.start(PROMPT[:5]), driver.start(PROMPT, SamplingParams(do_sample=True, seed=3))
+
+    driver.generate(greedy, 7)
+    driver.step([(greedy, 1), (drawn, len(PROMPT))])
+    driver.step([(greedy, 1), (drawn, 1)])
+    driver.generate(greedy, 12)
+
+    assert model.num_choices == 7 + 3
+    assert greedy.completion == greedy_by_hand(model, PROMPT[:5], 12)
+    alone = new_driver(model)
+    assert drawn.completion == alone.generate(alone.start(PROMPT, SamplingParams(do_sample=True, seed=3)), 2)
+
+
+def test_broken_logits_of_a_model_that_chooses_fail_their_own_row_only() -> None:
+    """The row that failed goes on with some token until the scheduler has heard of it: no look-up may fail."""
+    model = Choosing(VOCAB)
+    driver = new_driver(model)
+    sequences = [driver.start(PROMPT[:length]) for length in (3, 4, 5)]
+    driver.step([(sequence, len(sequence.token_ids)) for sequence in sequences])
+    rows = [(sequence, 1) for sequence in sequences]
+    model.damage = (1, float("nan"))
+
+    result = driver.step(rows)
+    model.damage = None
+    driver.step(rows)
+
+    assert result.failures == {1: "numerical_error"}
+    for sequence in (sequences[0], sequences[2]):
+        assert sequence.completion == greedy_by_hand(model, list(sequence.start.token_ids), 3)
+
+
+def test_a_sequence_starts_anew_after_a_step_that_raised_and_one_planned_behind_it() -> None:
+    model = Choosing(VOCAB)
+    driver = new_driver(model, max_num_sequences=1)
+    sequence = driver.start(PROMPT)
+    driver.generate(sequence, 4)
+    failing = driver.plan([(sequence, 1)])
+    behind = driver.plan([(sequence, 1)], known=[len(sequence.token_ids) + 1])
+    model.raises = True
+    with pytest.raises(RuntimeError):
+        driver.runner.execute(failing)
+    model.raises = False
+    driver.runner.execute(behind)
+    driver.finish(sequence)
+
+    again = driver.start(sequence.token_ids, num_prompt_tokens=len(PROMPT))
+    driver.generate(again, 5)
+
+    assert sequence.completion + again.completion == greedy_by_hand(model, PROMPT, 9)
 
 
 def test_broken_prompt_logits_fail_the_row() -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityReceipt:
@@ -64,8 +66,7 @@ class EngineInfo:
     """(start-up phase, seconds) in order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """State after a step. Counters count since the process started."""
 
     num_steps: int = 0

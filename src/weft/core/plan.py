@@ -2,11 +2,14 @@
 
 `StepPlan` is all that a rank needs to run one forward pass; `StepResult` is all that comes back. Both are plain
 data, written by columns (parallel lists) because a plan for 256 running sequences is built every few milliseconds.
-Prefill, chunk and decode are rows of one plan, never separate modes.
+Prefill, chunk and decode are rows of one plan, never separate modes. They are structs, which are made in a tenth of the
+time of a frozen dataclass.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from weft.core.request import Pooling, RequestId, SamplingParams, Slot, StopConditions
 
@@ -29,8 +32,7 @@ class SequenceStart:
     """Not None: the row that samples yields the prompt's vector instead of a token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One forward pass over packed rows `[T]`.
 
     Row r computes tokens `first_positions[r] … + num_tokens[r] - 1` of the sequence in `slots[r]`. Their ids stand
@@ -71,8 +73,7 @@ class TopTokens:
     logprobs: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """What one step produced. `token_ids` and `logprobs` have one entry per sampling row, in plan order."""
 
     step_id: int
@@ -80,14 +81,14 @@ class StepResult:
     """Duration of the forward and the sampling, for a scheduler without a clock."""
     token_ids: Seq[int]
     logprobs: Seq[float]
-    top_tokens: dict[int, TopTokens] = field(default_factory=dict)
+    top_tokens: dict[int, TopTokens] = {}
     """Row index → alternatives, for rows whose sampling asks for them."""
-    prompt_logprobs: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[float, ...]] = {}
     """Row index → log-probability of the tokens at positions first+1 … first+num that are prompt tokens."""
-    prompt_top_tokens: dict[int, tuple[TopTokens, ...]] = field(default_factory=dict)
+    prompt_top_tokens: dict[int, tuple[TopTokens, ...]] = {}
     """Row index → alternatives to those tokens, for rows whose sampling asks for them."""
-    embeddings: dict[int, bytes] = field(default_factory=dict)
+    embeddings: dict[int, bytes] = {}
     """Row index → vector `[E]` float32 little-endian, for sampling rows of sequences with pooling. Their entries in
     the two lists above mean nothing."""
-    failures: dict[int, str] = field(default_factory=dict)
+    failures: dict[int, str] = {}
     """Row index → stable error code (for example `numerical_error`); such a row's token is meaningless."""

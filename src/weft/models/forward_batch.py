@@ -41,6 +41,6 @@ class ForwardBatch:
     kv: Sequence[LayerKv]
     """one entry per layer"""
     max_context_len: int
-    """host copy of max(context_lens), so that no kernel launch waits for the device"""
+    """on the host, so that no kernel launch waits for the device: no context is longer, at most B - 1 are missing"""
     max_query_len: int
     """host copy of the longest row"""

@@ -44,7 +44,7 @@ _POOLING_TO_WIRE = {
 }
 _POOLING_FROM_WIRE = {wire: pooling for pooling, wire in _POOLING_TO_WIRE.items()}
 
-_STATS_FIELDS = tuple(EngineStats.__dataclass_fields__)
+_STATS_FIELDS = EngineStats.__struct_fields__
 _INFO_FIELDS = tuple(name for name in EngineInfo.__dataclass_fields__ if name not in {"phases", "quality"})
 _QUALITY_FIELDS = tuple(QualityReceipt.__dataclass_fields__)
 

@@ -6,6 +6,8 @@ decoder's own calls and proved at once: the batch it was recorded with must give
 A model that cannot be recorded runs operation by operation, and whoever starts it is told why.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from weft.kernels import kv_layout, ops
@@ -21,6 +23,9 @@ _ROW_LENGTHS = (3, 1, 2)
 """Of the recorded batch: its numbers of tokens, sequences and rows of logits differ."""
 _LOGIT_ROWS = (2, 5)
 
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
 
 class ReplayedDecoder:
     """A decoder whose steps are replayed; implements `runner.Model`. A result is valid until the next step."""
@@ -30,6 +35,9 @@ class ReplayedDecoder:
         self._forward = forward
         self._greedy = greedy
         self._hidden_states = hidden_states
+        self._chosen: tuple[torch.Tensor, ...] = ()
+        """What the two arrays below are views of; the same from step to step while the batch keeps its size."""
+        self._chosen_on_host = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
 
     @property
     def num_operations(self) -> int:
@@ -45,10 +53,13 @@ class ReplayedDecoder:
         (logits,) = self._forward.run(batch)
         return logits
 
-    def greedy(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ops.greedy` of `forward`: the worker threads are still awake when it comes to choosing."""
-        token_ids, logprobs = self._greedy.run(batch)
-        return token_ids, logprobs
+    def greedy(self, batch: ForwardBatch) -> tuple[Int64Array, Float32Array]:
+        """See `runner.ChoosingModel`: the worker threads are still awake when it comes to choosing."""
+        chosen = self._greedy.run(batch)
+        if chosen is not self._chosen:
+            token_ids, logprobs = self._chosen = chosen
+            self._chosen_on_host = token_ids.numpy(), logprobs.numpy()
+        return self._chosen_on_host
 
     def hidden_states(self, batch: ForwardBatch) -> torch.Tensor:
         """See `Decoder.hidden_states`."""

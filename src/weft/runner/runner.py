@@ -2,14 +2,15 @@
 
 The runner decides nothing. It keeps what a step needs from earlier ones (slot tables, sampling parameters and
 histories), makes tensors, runs the model, samples, and writes the sampled tokens into the token table *before* it
-copies anything to the host: the next step reads them there, so its plan need not know them.
+copies anything to the host: the next step reads them there, so its plan need not know them. Where device and host are
+one, a batch of steady decoding has them written to where its next step reads, too.
 
 Every rank runs the same plans. Rank 0 alone samples; the others receive its token ids in one collective, so that no
 rounding difference between ranks can ever make their sequences differ.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Protocol, runtime_checkable
@@ -26,11 +27,13 @@ from weft.runner.batch import BatchBuilder, StepBatch
 from weft.runner.host_memory import PROMPT_LOGPROB_BYTES
 from weft.runner.kv_pool import KvPool
 from weft.runner.sampling.logprobs import best_tokens
+from weft.runner.sampling.parameters import NEEDS_SAMPLER, Float32Array, Uses
 from weft.runner.sampling.sampler import SampledTokens, Sampler
 from weft.runner.sampling.watermark import WatermarkSettings
-from weft.runner.slots import SlotTables
+from weft.runner.slots import Int64Array, SlotTables
 
 _NO_TOPS = TopTokens((), ())
+_NO_TOP_TOKENS: Mapping[int, TopTokens] = {}
 
 
 class Model(Protocol):
@@ -53,8 +56,11 @@ class Model(Protocol):
 class ChoosingModel(Model, Protocol):
     """A model that can also choose the best token of each row in the same breath."""
 
-    def greedy(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ops.greedy` of `forward`: ids [S'] int64 and log-probabilities [S'] float32."""
+    def greedy(self, batch: ForwardBatch) -> tuple[Int64Array, Float32Array]:
+        """`ops.greedy` of `forward`, on the host: ids [S'] and log-probabilities [S'], valid until the next step.
+
+        No tensors: the first one that is touched after a model costs 70 µs, all of them cache misses.
+        """
         ...
 
 
@@ -64,6 +70,9 @@ class _PromptScores:
 
     logprobs: dict[int, tuple[float, ...]]
     top_tokens: dict[int, tuple[TopTokens, ...]]
+
+
+_NO_PROMPT = _PromptScores({}, {})
 
 
 class ModelRunner:
@@ -100,6 +109,9 @@ class ModelRunner:
             device=device,
             watermark=watermark or WatermarkSettings(),
         )
+        self._last_batch: StepBatch | None = None
+        self._uses = 0
+        """What any of the last batch's sampling rows asks of the sampler."""
 
     def execute(self, plan: StepPlan, on_launch: Callable[[], None] | None = None) -> StepResult:
         """Run one step. Plans must come in the order in which they were made.
@@ -109,35 +121,42 @@ class ModelRunner:
         Raises   InvariantBroken: the plan contradicts the tables (a bug: this process must not go on)
         """
         started_ns = time.perf_counter_ns()
-        with torch.inference_mode():
-            for start in plan.starts:
-                self._tables.start(start)
-                self._sampler.start(start)
-            self._tables.append_blocks(plan)
-            batch = self._batches.build(plan)
-            wanted = self._prompt_targets(batch)
-            if on_launch is not None:
-                on_launch()
-            sampled, prompt = self._compute(batch, wanted)
-            chosen = self._write_tokens(sampled.token_ids, batch).tolist()
-            sampled_ids, logprobs = sampled.token_ids.tolist(), sampled.logprobs.tolist()
-            is_sound = sampled_ids == chosen and all(map(isfinite, logprobs))
-            failures = {} if is_sound else self._failures(sampled_ids, logprobs, batch)
-            failures |= {
-                row: NumericalError.code for row, told in prompt.logprobs.items() if not all(map(isfinite, told))
-            }
+        for start in plan.starts:
+            self._tables.start(start)
+            self._sampler.start(start)
+        self._tables.append_blocks(plan)
+        batch = self._batches.build(plan)
+        if batch is not self._last_batch:
+            self._last_batch, self._uses = batch, self._sampler.uses_of(batch.sampling_slots)
+        wanted = {} if batch.is_decoding else self._prompt_targets(batch)
+        if on_launch is not None:
+            on_launch()
+        prompt, top_tokens = _NO_PROMPT, _NO_TOP_TOKENS
+        if self._choosing_model is not None and not (wanted or self._uses & NEEDS_SAMPLER):
+            on_host = self._choosing_model.greedy(batch.forward)
+            sampled_ids, logprobs = on_host[0].tolist(), on_host[1].tolist()
+            chosen = self._write_on_host(sampled_ids, on_host[0], batch)
+        else:
+            with torch.inference_mode():
+                sampled, prompt = self._compute(batch, wanted)
+                sampled_ids, chosen = self._write_tokens(sampled.token_ids, batch)
+                logprobs, top_tokens = sampled.logprobs.tolist(), sampled.top_tokens
+        # A sum is finite only if every term is.
+        is_sound = sampled_ids == chosen and isfinite(sum(logprobs))
+        failures = {} if is_sound else self._failures(sampled_ids, logprobs, batch)
+        failures |= {row: NumericalError.code for row, told in prompt.logprobs.items() if not all(map(isfinite, told))}
         if self._device.type == "cuda":
             # A step that samples nothing has copied nothing back: without this it would seem to cost nothing, and the
             # next batch would be written over the buffer that this one is still being read from.
             torch.cuda.current_stream(self._device).synchronize()
-        self._sampler.append(batch.sampling_slots, chosen)
-        rows = batch.sampling_rows.tolist()
+        if self._uses & Uses.HISTORY:
+            self._sampler.append(batch.sampling_slots, chosen)
         return StepResult(
             step_id=plan.step_id,
             elapsed_ns=time.perf_counter_ns() - started_ns,
             token_ids=chosen,
             logprobs=logprobs,
-            top_tokens={rows[row]: tops for row, tops in sampled.top_tokens.items()},
+            top_tokens={int(batch.sampling_rows[row]): tops for row, tops in top_tokens.items()},
             prompt_logprobs=prompt.logprobs,
             prompt_top_tokens=prompt.top_tokens,
             failures=failures,
@@ -148,10 +167,8 @@ class ModelRunner:
         if wanted:
             logits, prompt = self._forward_with_prompt(batch, wanted)
             return self._sample(logits, batch), prompt
-        if self._choosing_model is not None and self._sampler.is_greedy(batch.sampling_slots):
-            return SampledTokens(*self._choosing_model.greedy(batch.forward)), _PromptScores({}, {})
         logits = self._checked(self._model.forward(batch.forward), len(batch.sampling_rows))
-        return self._sample(logits, batch), _PromptScores({}, {})
+        return self._sample(logits, batch), _NO_PROMPT
 
     def _checked(self, logits: torch.Tensor, num_rows: int) -> torch.Tensor:
         if logits.shape != (num_rows, self._vocab_size) or logits.dtype != torch.float32:
@@ -166,20 +183,38 @@ class ModelRunner:
                 torch.zeros(len(logits), dtype=torch.float32, device=self._device),
             )
         last_token_ids = batch.forward.token_ids[batch.forward.logit_rows]
-        return self._sampler.sample(logits, batch.sampling_slots, batch.sampling_positions, last_token_ids)
+        positions = batch.sampling_positions.astype(np.int64)
+        return self._sampler.sample(logits, batch.sampling_slots, positions, last_token_ids)
 
-    def _write_tokens(self, token_ids: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        """Put the chosen tokens at their positions on every rank; returns them.
+    def _write_tokens(self, token_ids: torch.Tensor, batch: StepBatch) -> tuple[list[int], list[int]]:
+        """Put the chosen tokens at their positions on every rank. Returns what was sampled, and what was written.
 
         A failed row gets some token of the vocabulary: the step after this one may already be planned with it, and
         must not look up an id that the embedding table does not have.
         """
-        token_ids = token_ids.clamp(0, self._vocab_size - 1)
-        if self._group is not None and len(token_ids):
+        if self._tables.host_token_ids is not None and self._group is None:
+            sampled_ids = token_ids.tolist()
+            return sampled_ids, self._write_on_host(sampled_ids, token_ids.numpy(), batch)
+        clamped = token_ids.clamp(0, self._vocab_size - 1)
+        if self._group is not None and len(clamped):
             # The other ranks hold zeros: the sum is rank 0's choice.
-            self._group.all_reduce(token_ids)
-        self._tables.write_tokens(batch.device_sampling_slots, batch.device_sampling_positions, token_ids)
-        return token_ids
+            self._group.all_reduce(clamped)
+        slots, positions = batch.device_sampling_slots, batch.device_sampling_positions
+        self._tables.token_ids[slots, positions] = clamped.int()
+        chosen = clamped.tolist()
+        if batch.next_token_ids is not None:
+            batch.next_token_ids[:] = chosen
+        return token_ids.tolist(), chosen
+
+    def _write_on_host(self, sampled_ids: list[int], token_ids: Int64Array, batch: StepBatch) -> list[int]:
+        """As `_write_tokens`, where this rank is alone and its device the host; the ids come in both forms."""
+        if sampled_ids and not 0 <= min(sampled_ids) <= max(sampled_ids) < self._vocab_size:
+            sampled_ids = [min(max(token_id, 0), self._vocab_size - 1) for token_id in sampled_ids]
+            token_ids = np.array(sampled_ids)
+        self._tables.write_on_host(batch.sampling_slots, batch.sampling_positions, token_ids)
+        if batch.next_token_ids is not None:
+            batch.next_token_ids[:] = token_ids
+        return sampled_ids
 
     def _failures(self, token_ids: list[int], logprobs: list[float], batch: StepBatch) -> dict[int, str]:
         """Plan row → error code, for rows whose token means nothing."""

@@ -41,6 +41,9 @@ class SlotTables:
         # A lookahead row of a sequence that turned out to be finished still has a place for its token.
         self._max_columns = max_total_tokens + 2
         num_columns = min(_FIRST_TOKEN_COLUMNS, self._max_columns)
+        self.host_token_ids: Int32Array | None = None
+        """The same memory as `token_ids` where device and host are one: numpy reaches a handful of places in a tenth
+        of torch's time."""
         self._set_token_ids(lazy_zeros((max_num_sequences, num_columns), torch.int32, device))
         self.block_ids: Int32Array = np.zeros((max_num_sequences, _FIRST_BLOCK_COLUMNS), dtype=np.int32)
         self.num_blocks_of_slot: Int32Array = np.zeros(max_num_sequences, dtype=np.int32)
@@ -52,42 +55,43 @@ class SlotTables:
         if not 0 <= slot < self.max_num_sequences:
             raise InvariantBroken(f"slot {slot} of a plan is outside 0 … {self.max_num_sequences - 1}")
         self.reserve_positions(num_tokens)
-        known = torch.from_numpy(np.array(start.token_ids, dtype=np.int32))
-        self.token_ids[slot, :num_tokens] = known.to(self.token_ids.device)
+        known = np.array(start.token_ids, dtype=np.int32)
+        if self.host_token_ids is not None:
+            self.host_token_ids[slot, :num_tokens] = known
+        else:
+            self.token_ids[slot, :num_tokens] = torch.from_numpy(known).to(self.token_ids.device)
         self.num_blocks_of_slot[slot] = 0
         self.num_prompt_tokens[slot] = start.num_prompt_tokens
 
     def append_blocks(self, plan: StepPlan) -> None:
         """Append the plan's new blocks to the tables of their slots, in list order."""
-        if not len(plan.new_block_slots):
-            return
-        slots = np.array(plan.new_block_slots, dtype=np.int64)
-        blocks = np.array(plan.new_block_ids, dtype=np.int32)
-        if len(slots) != len(blocks) or blocks.min() < 0 or blocks.max() >= self._num_blocks:
-            raise InvariantBroken(f"step {plan.step_id} hands out blocks outside 0 … {self._num_blocks - 1}")
-        columns = self.num_blocks_of_slot[slots] + _rank_among_equals(slots)
-        self._reserve_block_columns(int(columns.max()) + 1)
-        self.block_ids[slots, columns] = blocks
-        self.num_blocks_of_slot += np.bincount(slots, minlength=self.max_num_sequences).astype(np.int32)
+        if len(plan.new_block_slots) != len(plan.new_block_ids):
+            raise InvariantBroken(f"step {plan.step_id} names other numbers of slots and of new blocks")
+        # One by one: decoding takes a block or two per step, and a prompt's are few beside its tokens.
+        for slot, block_id in zip(plan.new_block_slots, plan.new_block_ids, strict=True):
+            if not (0 <= slot < self.max_num_sequences and 0 <= block_id < self._num_blocks):
+                raise InvariantBroken(
+                    f"step {plan.step_id} gives block {block_id} of 0 … {self._num_blocks - 1} to slot {slot}"
+                )
+            column = int(self.num_blocks_of_slot[slot])
+            self._reserve_block_columns(column + 1)
+            self.block_ids[slot, column] = block_id
+            self.num_blocks_of_slot[slot] = column + 1
 
-    def tokens_at(self, slots: torch.Tensor, positions: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-        """Token ids of some places, in `room` where device and host are one. Shapes: all [n] int32 on the device."""
-        if self._host_token_ids is None:
-            return self.token_ids[slots, positions]
-        room.numpy()[:] = self._host_token_ids[slots.numpy(), positions.numpy()]
-        return room
-
-    def write_tokens(self, slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Put token ids at their places. Shapes: all [n] on the device."""
-        if self._host_token_ids is None:
-            self.token_ids[slots, positions] = token_ids.int()
-        else:
-            self._host_token_ids[slots.numpy(), positions.numpy()] = token_ids.numpy()
+    def write_on_host(self, slots: Int64Array, positions: Int32Array, token_ids: Int64Array) -> None:
+        """Put token ids at their places, where device and host are one. Shapes: all [n]."""
+        if self.host_token_ids is None:
+            raise InvariantBroken("the token table is not on the host")
+        self.host_token_ids[slots, positions] = token_ids
 
     def _set_token_ids(self, token_ids: torch.Tensor) -> None:
         self.token_ids = token_ids
-        # Where device and host are one, numpy indexes a handful of places in a tenth of torch's time.
-        self._host_token_ids: Int32Array | None = token_ids.numpy() if token_ids.device.type == "cpu" else None
+        self.host_token_ids = token_ids.numpy() if token_ids.device.type == "cpu" else None
+
+    @property
+    def num_token_columns(self) -> int:
+        """Positions that the token table has room for now."""
+        return int(self.token_ids.shape[1])
 
     def reserve_positions(self, num_positions: int) -> None:
         """Make the token table at least `num_positions` wide."""
@@ -109,17 +113,3 @@ class SlotTables:
             return
         self.block_ids = np.zeros((old.shape[0], max(num_columns, 2 * old.shape[1])), dtype=np.int32)
         self.block_ids[:, : old.shape[1]] = old
-
-
-def _rank_among_equals(values: Int64Array) -> Int64Array:
-    """For each entry, how many equal entries stand before it: [4, 7, 4, 4] → [0, 0, 1, 2]."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    is_first = np.empty(len(values), dtype=bool)
-    is_first[0] = True
-    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
-    starts = np.flatnonzero(is_first)
-    ranks = np.arange(len(values)) - np.repeat(starts, np.diff(np.append(starts, len(values))))
-    result = np.empty(len(values), dtype=np.int64)
-    result[order] = ranks
-    return result

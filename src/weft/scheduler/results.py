@@ -17,7 +17,7 @@ _FAILURE_MESSAGE = "The engine could not go on with this request."
 _RANGE_MESSAGE = "The sampler chose a token outside the vocabulary."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenPlan:
     """A plan that was handed out and not applied yet."""
 

@@ -1,10 +1,9 @@
 """What the scheduler says about itself after a step: `EngineStats` of the wire, field by field."""
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerStats:
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters since the start; gauges of this moment; the last applied step."""
 
     num_steps: int

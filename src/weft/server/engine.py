@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
@@ -24,7 +24,7 @@ from weft.core.request import Request, RequestId
 from weft.errors import EngineFatal, GenerationError, InvariantBroken, OverloadedError, RequestError
 from weft.limits import LIMITS
 from weft.scheduler.scheduler import Scheduler
-from weft.server.executor import Executor
+from weft.server.executor import Executor, PendingResult
 
 log = structlog.get_logger("weft.engine")
 
@@ -51,19 +51,11 @@ class _ClearCache:
 _Message = _Add | _Abort | _ClearCache
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _OpenStep:
     plan: StepPlan
-    result: Future[StepResult]
+    result: PendingResult
     plan_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class _ClosedStep:
-    num_starts: int
-    plan_ns: int
-    elapsed_ns: int
-    apply_ns: int
 
 
 class Engine:
@@ -181,20 +173,12 @@ class Engine:
         else:
             events = self._scheduler.apply(step.plan, result, now_ns)
         self._num_steps += 1
-        closed = _ClosedStep(
-            num_starts=len(step.plan.starts),
-            plan_ns=step.plan_ns,
-            elapsed_ns=0 if result is None else result.elapsed_ns,
-            apply_ns=self._clock.now_ns() - now_ns,
-        )
-        self._publish(events, self._stats_after(closed))
+        elapsed_ns = 0 if result is None else result.elapsed_ns
+        self._publish(events, self._stats(step, elapsed_ns, self._clock.now_ns() - now_ns))
 
     def _read_inbox(self) -> None:
-        with self._inbox_changed:
-            messages = list(self._inbox)
-            self._inbox.clear()
-        for message in messages:
-            self._handle(message)
+        while self._inbox:
+            self._handle(self._inbox.popleft())
 
     def _handle(self, message: _Message) -> None:
         match message:
@@ -218,13 +202,13 @@ class Engine:
 
     def _publish_events(self, events: Sequence[Event]) -> None:
         if events:
-            self._publish(events, self._stats_after(None))
+            self._publish(events, self._stats())
 
-    def _stats_after(self, step: _ClosedStep | None) -> EngineStats:
+    def _stats(self, step: _OpenStep | None = None, elapsed_ns: int = 0, apply_ns: int = 0) -> EngineStats:
         """The engine's state; what a step took is said once, right behind it."""
         stats = self._scheduler.stats()
         oldest_ns = self._scheduler.queue.oldest_added_ns
-        state = EngineStats(
+        return EngineStats(
             num_steps=self._num_steps,
             num_failed_steps=self._num_failed_steps,
             num_running=stats.num_running,
@@ -236,16 +220,11 @@ class Engine:
             num_preemptions=stats.num_preemptions,
             prefix_hit_tokens=stats.prefix_hit_tokens,
             prefix_query_tokens=stats.prefix_query_tokens,
-        )
-        if step is None:
-            return state
-        return replace(
-            state,
-            step_decode_rows=stats.step_decode_rows,
-            step_prefill_rows=stats.step_prefill_rows,
-            step_tokens=stats.step_tokens,
-            step_starts=step.num_starts,
-            step_plan_ns=step.plan_ns,
-            step_elapsed_ns=step.elapsed_ns,
-            step_apply_ns=step.apply_ns,
+            step_decode_rows=stats.step_decode_rows if step else 0,
+            step_prefill_rows=stats.step_prefill_rows if step else 0,
+            step_tokens=stats.step_tokens if step else 0,
+            step_starts=len(step.plan.starts) if step else 0,
+            step_plan_ns=step.plan_ns if step else 0,
+            step_elapsed_ns=elapsed_ns,
+            step_apply_ns=apply_ns,
         )

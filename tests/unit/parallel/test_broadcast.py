@@ -82,7 +82,7 @@ def connect(tmp_path: Path) -> Iterator[Connect]:
 
 def as_lists(plan: StepPlan | None) -> dict[str, object]:
     assert plan is not None
-    return {name: getattr(plan, name) for name in StepPlan.__dataclass_fields__} | {
+    return {name: getattr(plan, name) for name in StepPlan.__struct_fields__} | {
         name: list(getattr(plan, name)) for name in ("new_block_slots", "new_block_ids")
     }
 

@@ -173,7 +173,7 @@ def test_a_logprob_that_is_no_number_stays_one():
 
 def test_stats_and_info_survive_the_wire():
     """Every field differs from its default, so that a forgotten one shows."""
-    stats = EngineStats(**{name: i + 1 for i, name in enumerate(EngineStats.__dataclass_fields__)})
+    stats = EngineStats(**{name: i + 1 for i, name in enumerate(EngineStats.__struct_fields__)})
     info = EngineInfo(
         **{
             name: {int: i + 1, str: f"text {i}", bool: name != "prefix_caching"}[field.type]

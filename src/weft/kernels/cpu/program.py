@@ -9,7 +9,6 @@ The structures mirror those of `program.h`; a size that differs is a bug of the 
 """
 
 import ctypes
-import operator
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
@@ -183,14 +182,14 @@ class Arena:
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self._generation = 0
+        self.generation = 0
+        """Changes with the memory."""
 
-    def reserve(self, num_bytes: int) -> int:
-        """Hold at least this much, touched as far as it is used; returns a number that changes with the memory."""
+    def reserve(self, num_bytes: int) -> None:
+        """Hold at least this much, touched as far as it is used."""
         if self.memory.numel() < num_bytes:
             self.memory = torch.empty(num_bytes, dtype=torch.uint8)
-            self._generation += 1
-        return self._generation
+            self.generation += 1
 
 
 def record(
@@ -534,7 +533,7 @@ class Program:
         self._kv: Sequence[LayerTensors] = ()
         self._keys = (c_void_p * num_layers)()
         self._values = (c_void_p * num_layers)()
-        self._bound: tuple[torch.Tensor | None, ...] = (None,) * len(_INDICES)
+        self._bound: StepTensors | None = None
         self._step = _Step(buffers=self._pointers)
 
     @property
@@ -592,10 +591,10 @@ class Program:
         self._kv = kv
 
     def _bind_batch(self, batch: StepTensors) -> None:
-        """Point the step at the tensors of a batch. Steady decoding brings the same ones filled anew."""
-        given = tuple(getattr(batch, name) for name in _INDICES)
-        if all(map(operator.is_, given, self._bound)):
+        """Point the step at the tensors of a batch. Steady decoding brings the same one filled anew."""
+        if batch is self._bound:
             return
+        given = tuple(getattr(batch, name) for name in _INDICES)
         token_ids, _, _, _, _, block_tables, logit_rows = given
         num_tokens, num_sequences, num_logits = len(token_ids), len(block_tables), len(logit_rows)
         lengths = (num_tokens, num_tokens, num_tokens, num_sequences + 1, num_sequences, num_sequences, num_logits)
@@ -608,13 +607,13 @@ class Program:
             setattr(step, name, x.data_ptr())
         step.tokens, step.sequences, step.logits = num_tokens, num_sequences, num_logits
         step.table_width = step.table_stride = block_tables.shape[1]
-        self._bound = given
+        self._bound = batch
 
     def _lay_out(self, num_tokens: int, num_logits: int) -> None:
         """Place the buffers and results for a step, unless they lie there from the last one."""
-        place = (num_tokens, num_logits, self._arena.reserve(self.arena_bytes(num_tokens, num_logits)))
-        if place == self._place:
+        if (num_tokens, num_logits, self._arena.generation) == self._place:
             return
+        self._arena.reserve(self.arena_bytes(num_tokens, num_logits))
         memory, rows = self._arena.memory, (num_tokens, num_logits)
         starts: list[int] = []
         offset = 0
@@ -623,7 +622,7 @@ class Program:
             self._pointers[index] = memory.data_ptr() + offset
             offset += _aligned(rows[of_logits] * row_bytes)
         self._results = tuple(output.cut(memory, starts[output.buffer], rows) for output in self._outputs)
-        self._place = place
+        self._place = (num_tokens, num_logits, self._arena.generation)
 
 
 def _aligned(num_bytes: int) -> int:

@@ -91,14 +91,12 @@ class Sampler:
 
         Shapes  slots [S'], token_ids [S']
         """
-        uses = self._table.uses[slots] & Uses.HISTORY
-        if uses.any():
-            for row in np.flatnonzero(uses).tolist():
-                self._table.append(slots[row], token_ids[row])
+        for row in np.flatnonzero(self._table.uses[slots] & Uses.HISTORY).tolist():
+            self._table.append(slots[row], token_ids[row])
 
-    def is_greedy(self, slots: Int64Array) -> bool:
-        """Whether `ops.greedy` of the untouched logits answers all of these sequences."""
-        return not (self._table.uses[slots] & NEEDS_SAMPLER).any()
+    def uses_of(self, slots: Int64Array) -> int:
+        """Bits of `Uses` that at least one of these sequences has."""
+        return int(np.bitwise_or.reduce(self._table.uses[slots]))
 
     def sample(
         self,
