@@ -27,6 +27,7 @@ from tests.contract.house import build_house, ids_of
 from weft.core.events import TokenEvent
 from weft.core.info import EngineHealth, EngineInfo
 from weft.core.request import FinishReason, Request
+from weft.router.backend import Taker
 from weft.router.main import SystemClock, http_config
 from weft.router.protocol import HttpServer
 from weft.telemetry import logging as weft_logging
@@ -46,21 +47,21 @@ class NullBackend:
         self._info = info
         self._ids = [ids_of(TEXT, eos=False)[index % len(TEXT)] for index in range(num_tokens)]
 
-    async def generate(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+    async def generate(self, request: Request, taker: Taker | None = None) -> AsyncGenerator[list[TokenEvent], None]:
         """See `Backend.generate`."""
         last = len(self._ids) - 1
         for index, token_id in enumerate(self._ids):
             await asyncio.sleep(0)
             reason = FinishReason.LENGTH if index == last else None
-            yield [
-                TokenEvent(
-                    request_id=request.request_id,
-                    token_index=index,
-                    token_id=token_id,
-                    logprob=-0.7312,
-                    finish_reason=reason,
-                )
-            ]
+            event = TokenEvent(
+                request_id=request.request_id,
+                token_index=index,
+                token_id=token_id,
+                logprob=-0.7312,
+                finish_reason=reason,
+            )
+            if reason is not None or taker is None or not taker(event):
+                yield [event]
 
     async def info(self) -> EngineInfo:
         """See `Backend.info`."""

@@ -313,13 +313,15 @@ class CompletionChoiceText(StreamedChoice):
 
     def frames(self, batch: Sequence[TokenEvent]) -> bytes:
         """The prompt first when it is echoed, then text, then the finish reason in a chunk of its own."""
-        self._note_prompt(batch)
         text, records = self._advance(batch)
         if self._hides_completion:
             text, records = "", []
+        if self._has_begun and not records and self.sequence.finish_reason is None:
+            return self._before_text + encode_json(text) + self._after_text if text else b""
         frames: list[bytes] = []
         if not self._has_begun:
             self._has_begun = True
+            self._note_prompt(batch)
             if self._echo_text:
                 frames.append(self._chunk(self._echo_text, self._logprobs([], with_prompt=True)))
         if records:
