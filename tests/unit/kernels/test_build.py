@@ -57,11 +57,47 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path: Path) ->
     assert list(output.iterdir()) == []
 
 
+def an_elf_file() -> bytes:
+    """A header that says that one section of 64 bytes is described behind it, and that description."""
+    header = bytearray(64)
+    header[:6] = b"\x7fELF\x02\x01"
+    header[40:48] = (64).to_bytes(8, "little")
+    header[58:60], header[60:62] = (64).to_bytes(2, "little"), (1).to_bytes(2, "little")
+    return bytes(header) + bytes(64)
+
+
 def test_a_library_that_is_there_is_not_built_again(tmp_path: Path) -> None:
     library = tmp_path / build.library_name()
-    library.touch()
+    library.write_bytes(an_elf_file())
 
     assert build.build(tmp_path, BuildOptions(compiler="no-such-compiler")) == library
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10, 64, 127])
+def test_a_library_that_a_crash_cut_short_is_built_again(tmp_path: Path, num_bytes: int) -> None:
+    (tmp_path / build.library_name()).write_bytes(an_elf_file()[:num_bytes])
+
+    with pytest.raises(BuildError, match="no-such-compiler"):
+        build.build(tmp_path, BuildOptions(compiler="no-such-compiler"))
+
+
+def test_what_is_no_library_at_all_is_built_again(tmp_path: Path) -> None:
+    path = tmp_path / "library.so"
+    path.write_bytes(b"hello" * 100)
+
+    assert not build.is_whole(path)
+    assert not build.is_whole(tmp_path / "missing.so")
+
+
+def test_the_library_in_use_is_whole_and_all_but_its_end_is_not(tmp_path: Path) -> None:
+    found = library._find()
+    if found is None:
+        pytest.skip("nothing is compiled here")
+    cut = tmp_path / "cut.so"
+    cut.write_bytes(found.read_bytes()[:-1])
+
+    assert build.is_whole(found)
+    assert not build.is_whole(cut)
 
 
 def test_units_that_run_everywhere_use_the_oldest_instructions_only() -> None:
@@ -78,5 +114,5 @@ def test_whether_the_first_use_compiles_is_known_beforehand(tmp_path: Path, monk
     monkeypatch.setattr(library._Process, "loaded", None)
 
     assert not library.is_compiled()
-    (cache / name).touch()
+    (cache / name).write_bytes(an_elf_file())
     assert library.is_compiled()

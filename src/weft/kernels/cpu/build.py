@@ -63,6 +63,9 @@ UNITS = {
 """Translation unit → flags of its instruction set. Those without flags run everywhere."""
 
 
+_ELF_HEADER_BYTES = 64
+
+
 class BuildError(Exception):
     """The library cannot be built here; the message is one line that says why and what would help."""
 
@@ -116,23 +119,43 @@ def find_compiler(options: BuildOptions) -> str:
 
 
 def build(output_dir: Path, options: BuildOptions | None = None) -> Path:
-    """The library in `output_dir`, compiled unless it is already there.
+    """The library in `output_dir`, compiled unless it is already there to its end.
 
     Concurrent builds wait for one another. Raises BuildError.
     """
     options = options or BuildOptions()
     library = output_dir / library_name(options)
-    if library.exists():
+    if is_whole(library):
         return library
     compiler = find_compiler(options)
     output_dir.mkdir(parents=True, exist_ok=True)
     with _build_lock(output_dir):
-        if not library.exists():
+        if not is_whole(library):
             with tempfile.TemporaryDirectory(dir=output_dir, prefix=".build-") as scratch:
                 finished = _compile(compiler, Path(scratch), options)
+                with finished.open("rb") as written:
+                    os.fsync(written.fileno())
                 finished.replace(library)
             _remove_stale(library)
     return library
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a file is there and is a library to its end, where linkers write the table of sections.
+
+    A crash of the machine or a full disk may leave less of it, and loading that can kill the process.
+    """
+    try:
+        with library.open("rb") as file:
+            header = file.read(_ELF_HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if len(header) < _ELF_HEADER_BYTES or not header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
+        return False
+    sections = int.from_bytes(header[40:48], "little")
+    entry_bytes, count = (int.from_bytes(header[place : place + 2], "little") for place in (58, 60))
+    return sections + entry_bytes * count <= size
 
 
 def build_program(program: Path, output_dir: Path, options: BuildOptions | None = None) -> Path:

@@ -12,7 +12,7 @@ from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
-from weft.kernels.cpu.build import SOURCE_DIR, BuildError, BuildOptions, build, library_name
+from weft.kernels.cpu.build import SOURCE_DIR, BuildError, BuildOptions, build, is_whole, library_name
 
 INSTRUCTION_SETS = ("avx2", "avx512", "avx512-bf16")
 """Names of the kernel tables, each one including the ones before."""
@@ -145,7 +145,7 @@ def _cache_directory() -> Path:
 
 def _find() -> Path | None:
     libraries = (directory / library_name() for directory in (SOURCE_DIR, _cache_directory()))
-    return next((library for library in libraries if library.exists()), None)
+    return next((library for library in libraries if is_whole(library)), None)
 
 
 def _find_or_build() -> Path:
