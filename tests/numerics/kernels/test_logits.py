@@ -43,6 +43,18 @@ def test_token_logprobs_are_near_the_exact_log_softmax(kernel_set: str, rows: in
     assert bool(((logprobs.double() - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("width", [1, 5, 64, 8193])
+@pytest.mark.parametrize("lead", [0.5, 3.0, 30.0, 200.0])
+def test_greedy_and_token_logprobs_agree_to_the_last_bit(kernel_set: str, width: int, lead: float) -> None:
+    """Neighbours decide which of the two a step calls. A token so far ahead that it is certain has +0, not -0."""
+    logits = random_logits(6, width)
+    logits[:, width // 2] = logits.amax(dim=-1) + lead
+
+    ids, logprobs = ops.greedy(logits)
+
+    assert logprobs.view(torch.int32).tolist() == ops.token_logprobs(logits, ids).view(torch.int32).tolist()
+
+
 @pytest.mark.parametrize("places", [(0, 1), (17, 18), (5, 8200), (8191, 8192), (15, 16, 20000)])
 def test_the_smallest_id_wins_a_tie(kernel_set: str, places: tuple[int, ...]) -> None:
     logits = torch.zeros(2, 20001)

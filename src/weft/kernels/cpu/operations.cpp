@@ -382,7 +382,9 @@ void greedy(const float* logits, int64_t stride, int64_t rows, int64_t width, in
   for (int64_t row = 0; row < rows; ++row) {
     const RowSummary summary = summarize(runs + row * per_row, per_row);
     ids[row] = summary.is_sound ? summary.best_index : -1;
-    logprobs[row] = summary.is_sound ? static_cast<float>(-summary.log_sum) : std::numeric_limits<float>::quiet_NaN();
+    // As `token_logprobs` of the best id has it, to the sign of a zero: a certain token has +0.
+    logprobs[row] = summary.is_sound ? static_cast<float>(0.0 - summary.log_sum)
+                                     : std::numeric_limits<float>::quiet_NaN();
   }
 }
 
