@@ -57,6 +57,7 @@ FAMILIES = [
     FamilyRow(
         "llama-tied-biased", "LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
     ),
+    FamilyRow("llama-heads-of-18", "LlamaConfig", {"head_dim": 18}),
     FamilyRow("llama-one-kv-head", "LlamaConfig", {"num_key_value_heads": 1}),
     FamilyRow("llama-linear", "LlamaConfig", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
     FamilyRow("llama-dynamic", "LlamaConfig", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}),

@@ -363,6 +363,11 @@ def test_with_the_reference_kernels_operations_run_one_by_one(directory_of: Call
             recorded(decoder, torch.float32)
 
 
+def test_blocks_that_the_compiled_kernels_cannot_read_are_the_reason_given(llama: Decoder) -> None:
+    with pytest.raises(NotExpressible, match="blocks of at least 16 tokens"):
+        record_decoder(llama, SoloGroup(), block_size_tokens=8, dtype=torch.float32)
+
+
 def test_several_ranks_run_one_by_one(directory_of: Callable[[FamilyRow], Path]) -> None:
     row = next(row for row in FAMILIES if row.name == "llama")
     group = ThreadedGroup(0, SharedExchange(2))

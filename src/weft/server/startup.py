@@ -490,7 +490,12 @@ def _engine_info(
         activation_bytes=plan.activation_bytes,
         free_bytes=plan.free_bytes,
         prefix_caching=config.prefix_caching,
-        batch_invariant=kernel_registry.is_batch_invariant(layout.dtype, device_type),
+        batch_invariant=kernel_registry.is_batch_invariant(
+            layout.dtype,
+            device_type,
+            head_sizes=[layer.mixer.head_dim for layer in description.spec.layers],
+            block_size=layout.block_size_tokens,
+        ),
         world_size=world_size,
         pooling="" if description.pooling is None else description.pooling.mode,
         embedding_size=description.hidden_size,

@@ -132,7 +132,7 @@ void attention(Results& results) {
     int64_t query_heads, kv_heads, head_size, block_size, window;
     float softcap;
   };
-  for (const Shape& s : {Shape{9, 3, 64, 32, 0, 0.f}, {2, 2, 8, 16, 20, 0.f}, {3, 1, 72, 48, 0, 5.f}, {4, 1, 128, 64, 600, 0.f}}) {
+  for (const Shape& s : {Shape{9, 3, 64, 32, 0, 0.f}, {2, 2, 8, 16, 20, 0.f}, {3, 1, 72, 48, 0, 5.f}, {6, 2, 50, 16, 0, 0.f}, {4, 1, 128, 64, 600, 0.f}}) {
     for (const int32_t dtype : kDtypes) {
       for (const int32_t kv_dtype : kPoolDtypes) {
         const std::vector<int32_t> rows = {1, 40, 1, 0, 130}, contexts = {1, 40, 700, 0, 1100};
@@ -181,8 +181,8 @@ void rows(Results& results) {
         }
       }
     }
-    for (const int64_t rotary_size : {80, 34, 2}) {
-      const int64_t tokens = 60, head_size = 80, block_size = 16, blocks = 5;
+    for (const auto& [head_size, rotary_size] : {std::pair<int64_t, int64_t>{80, 80}, {80, 34}, {80, 2}, {50, 50}}) {
+      const int64_t tokens = 60, block_size = 16, blocks = 5;
       const Array q(tokens * 4 * head_size, dtype, 12), k(tokens * 2 * head_size, dtype, 13);
       const Array cos_sin(50 * rotary_size, 0, 14);
       std::vector<int32_t> positions, slots;

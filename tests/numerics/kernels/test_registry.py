@@ -47,7 +47,10 @@ def test_the_banner_names_instruction_set_and_compiler(compiled: str) -> None:
 def test_only_fixed_order_kernels_claim_to_be_batch_invariant() -> None:
     assert registry.is_batch_invariant(torch.float32)
     assert registry.is_batch_invariant(torch.bfloat16)
+    assert registry.is_batch_invariant(torch.float32, head_sizes=[64, 100], block_size=16)
     assert not registry.is_batch_invariant(torch.float16)
+    assert not registry.is_batch_invariant(torch.float32, head_sizes=[64, 65])
+    assert not registry.is_batch_invariant(torch.float32, block_size=8)
     assert not registry.is_batch_invariant(torch.float32, "cuda")
     with registry.force("reference"):
         assert not registry.is_batch_invariant(torch.float32)

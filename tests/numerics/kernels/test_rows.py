@@ -98,11 +98,11 @@ def test_activations_of_extreme_gates_are_their_limits(kernel_set: str, kind: st
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotary_size", [80, 40, 34, 2])
+@pytest.mark.parametrize(("head_size", "rotary_size"), [(80, 80), (80, 40), (80, 34), (80, 2), (100, 100), (50, 26)])
 def test_rotary_turns_queries_and_stores_turned_keys_and_plain_values(
-    kernel_set: str, dtype: torch.dtype, rotary_size: int
+    kernel_set: str, dtype: torch.dtype, head_size: int, rotary_size: int
 ) -> None:
-    tokens, query_heads, kv_heads, head_size, blocks, block_size = 7, 4, 2, 80, 5, 16
+    tokens, query_heads, kv_heads, blocks, block_size = 7, 4, 2, 5, 16
     fused = torch.randn(tokens, (query_heads + 2 * kv_heads) * head_size).to(dtype)
     sizes = [query_heads * head_size, kv_heads * head_size, kv_heads * head_size]
     q, k, v = (part.view(tokens, -1, head_size) for part in fused.split(sizes, dim=1))

@@ -95,7 +95,7 @@ struct AttentionArguments {
   int64_t window;  // 0 = none
   int64_t query_heads;
   int64_t kv_heads;
-  int64_t head_size;   // multiple of 8
+  int64_t head_size;   // even
   int64_t block_size;  // multiple of 16
   DataType dtype;
   DataType kv_dtype;

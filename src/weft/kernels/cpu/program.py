@@ -34,6 +34,10 @@ _OPERATIONS = (
 )
 _EXACT = frozenset({"embedding", "take_rows"})
 """Operations that give the same bits in every implementation."""
+_NEEDS = dict.fromkeys(
+    ("rotary_and_store", "paged_attention"), "an even head size and blocks of at least 16 tokens (--block-size-tokens)"
+)
+"""What makes an operation run on other kernels than the compiled ones, for people."""
 _INDICES = ("token_ids", "positions", "kv_slots", "query_starts", "context_lens", "block_tables", "logit_rows")
 """What every step brings, by the names of `StepTensors` and of `Step` in program.h."""
 _ALIGNMENT_BYTES = 64
@@ -232,7 +236,8 @@ class _Recorder:
         del options  # bounds that compiled kernels find themselves
         name = implementation.operation
         if implementation.name != "compiled" and name not in _EXACT:
-            raise NotExpressible(f"{name} runs on the {implementation.name} kernels")
+            needs = f", and the compiled ones need {_NEEDS[name]}" if name in _NEEDS else ""
+            raise NotExpressible(f"{name} runs on the {implementation.name} kernels{needs}")
         describe = getattr(self, f"_{name}", None)
         if describe is None:
             raise NotExpressible(f"programs have no {name}")
