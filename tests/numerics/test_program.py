@@ -18,6 +18,8 @@ from weft.kernels.cpu import library
 from weft.kernels.cpu.program import Arena, record
 from weft.models.decoder import Decoder, load_decoder
 from weft.models.forward_batch import ForwardBatch, LayerKv
+from weft.models.quant.rounded import int8
+from weft.models.quant.scheme import QuantScheme, Unquantized
 from weft.models.registry import describe
 from weft.parallel.groups import Group, SoloGroup
 from weft.runner.graphs import NotExpressible, ReplayedDecoder, record_decoder
@@ -46,9 +48,15 @@ def directory_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     make.cache_clear()
 
 
-def load(directory: Path, row: FamilyRow, dtype: torch.dtype, group: Group | None = None) -> Decoder:
-    description = served(describe(directory), row)
-    return load_decoder(directory, description, dtype=dtype, device=torch.device("cpu"), group=group or SoloGroup())
+def load(
+    directory: Path,
+    row: FamilyRow,
+    dtype: torch.dtype,
+    group: Group | None = None,
+    scheme: QuantScheme | None = None,
+) -> Decoder:
+    description, device = served(describe(directory), row), torch.device("cpu")
+    return load_decoder(directory, description, dtype=dtype, device=device, group=group or SoloGroup(), scheme=scheme)
 
 
 def recorded(decoder: Decoder, kv_dtype: torch.dtype) -> ReplayedDecoder:
@@ -366,6 +374,15 @@ def test_with_the_reference_kernels_operations_run_one_by_one(directory_of: Call
 def test_blocks_that_the_compiled_kernels_cannot_read_are_the_reason_given(llama: Decoder) -> None:
     with pytest.raises(NotExpressible, match="blocks of at least 16 tokens"):
         record_decoder(llama, SoloGroup(), block_size_tokens=8, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("scheme", [Unquantized(), int8()], ids=["unquantized", "int8"])
+def test_float16_runs_one_by_one(directory_of: Callable[[FamilyRow], Path], scheme: QuantScheme) -> None:
+    row = next(row for row in FAMILIES if row.name == "llama")
+    decoder = load(directory_of(row), row, torch.float16, scheme=scheme)
+
+    with pytest.raises(NotExpressible, match="float16 has no compiled kernels"):
+        recorded(decoder, torch.float16)
 
 
 def test_several_ranks_run_one_by_one(directory_of: Callable[[FamilyRow], Path]) -> None:

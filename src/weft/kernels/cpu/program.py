@@ -445,6 +445,8 @@ class _Recorder:
         layout = library().weft_find_layout(packed.layout.encode(), as_table)
         if layout < 0:
             raise NotExpressible(f"weights are packed as `{packed.layout}`, which the compiled program does not read")
+        if packed.dtype not in DTYPE_CODES:
+            raise NotExpressible(f"{str(packed.dtype).removeprefix('torch.')} has no compiled kernels")
         return _PackedWeight(
             data=self._keep(packed.data),
             bias=None if packed.bias is None else self._keep(packed.bias),
