@@ -283,3 +283,37 @@ def test_a_block_handed_out_ahead_is_used_when_its_position_comes() -> None:
 
     for _ in range(2 * BLOCK):
         decoding.step()
+
+
+def test_another_device_gets_every_step_sent_and_reads_tokens_from_its_own_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Played on the CPU: what arrives there are copies."""
+    decoding = Decoding()
+    monkeypatch.setattr(decoding.tables, "host_token_ids", None)
+    buffer = decoding.builder._buffer
+    monkeypatch.setattr(buffer, "upload", lambda: buffer._cut(buffer._tensor.clone()))
+    steps = []
+    for step in range(2 * BLOCK):
+        plan = StepPlan(
+            step_id=step,
+            starts=(start(3, 6),) if step == 0 else (),
+            slots=[3],
+            first_positions=[5 + step],
+            num_tokens=[1],
+            samples=[True],
+            new_block_slots=[3, 3] if step == 0 else [3] * ((5 + step) % BLOCK == 0),
+            new_block_ids=[40, 41] if step == 0 else [42 + step] * ((5 + step) % BLOCK == 0),
+        )
+        for sequence in plan.starts:
+            decoding.tables.start(sequence)
+        decoding.tables.append_blocks(plan)
+
+        batch = decoding.builder.build(plan)
+
+        assert as_lists(batch.forward) == as_lists(BatchBuilder(decoding.tables, [], BLOCK, CPU).build(plan).forward)
+        decoding.tables.token_ids[batch.device_sampling_slots, batch.device_sampling_positions] = 7000 + step
+        steps.append(batch)
+
+    assert [batch.forward.token_ids.tolist() for batch in steps[:3]] == [[305], [7000], [7001]]
+    assert len({id(batch.forward.positions) for batch in steps}) == len(steps)

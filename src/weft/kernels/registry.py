@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -21,9 +21,8 @@ MAX_HEAD_SIZE = 1024
 """Of the compiled attention; models use 64 to 256."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What an implementation may depend on."""
+class Case(NamedTuple):
+    """What an implementation may depend on. A tuple: each call of an operation makes, hashes and compares one."""
 
     device: str
     """Type of the device: `cpu`, `cuda` …"""

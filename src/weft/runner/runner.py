@@ -182,7 +182,9 @@ class ModelRunner:
                 torch.zeros(len(logits), dtype=torch.int64, device=self._device),
                 torch.zeros(len(logits), dtype=torch.float32, device=self._device),
             )
-        last_token_ids = batch.forward.token_ids[batch.forward.logit_rows]
+        last_token_ids: torch.Tensor | None = None
+        if self._uses & Uses.WATERMARK:
+            last_token_ids = batch.forward.token_ids[batch.forward.logit_rows]
         positions = batch.sampling_positions.astype(np.int64)
         return self._sampler.sample(logits, batch.sampling_slots, positions, last_token_ids)
 

@@ -21,10 +21,17 @@ import numpy.typing as npt
 import torch
 
 from weft.core.plan import SequenceStart, TopTokens
+from weft.errors import InvariantBroken
 from weft.kernels import ops
 from weft.runner.sampling import processors
 from weft.runner.sampling.logprobs import top_tokens
-from weft.runner.sampling.parameters import CHANGES_SCORES, NEEDS_SAMPLER, Int64Array, ParameterTable, Uses
+from weft.runner.sampling.parameters import (
+    CHANGES_SCORES,
+    NEEDS_SAMPLER,
+    Int64Array,
+    ParameterTable,
+    Uses,
+)
 from weft.runner.sampling.watermark import WatermarkSettings, green_list
 
 _Step = Callable[[torch.Tensor, torch.Tensor], None]
@@ -103,13 +110,14 @@ class Sampler:
         logits: torch.Tensor,
         slots: Int64Array,
         positions: Int64Array,
-        last_token_ids: torch.Tensor,
+        last_token_ids: torch.Tensor | None,
         token_masks: Mapping[int, torch.Tensor] | None = None,
     ) -> SampledTokens:
         """Choose one token per row. Changes neither the logits nor any history.
 
         Shapes  logits [S', V] float32 · slots [S'] · positions [S'], absolute, of the tokens to choose ·
-                last_token_ids [S'], the newest known token of each row · token_masks row → [V] bool, ids allowed
+                last_token_ids [S'], the newest known token of each row; only a watermark reads them ·
+                token_masks row → [V] bool, ids allowed
         """
         masks = token_masks or {}
         rows = _Rows(slots, positions, self._table.uses[slots])
@@ -120,23 +128,34 @@ class Sampler:
             scores = logits.clone()
             self._process(scores, rows, last_token_ids, masks)
         token_ids = self._choose(scores, rows)
+        known_ids = token_ids
+        if self._device.type != "cpu" or min(token_ids.tolist()) < 0:
+            known_ids = token_ids.clamp(0, self._vocab_size - 1)
         is_raw = (rows.uses & Uses.RAW_LOGPROB) != 0
-        logprobs = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        groups = [
+            (own, reported)
+            for own, reported in ((np.flatnonzero(is_raw), logits), (np.flatnonzero(~is_raw), scores))
+            if len(own)
+        ]
         tops: dict[int, TopTokens] = {}
-        for own, reported in ((np.flatnonzero(is_raw), logits), (np.flatnonzero(~is_raw), scores)):
-            if len(own):
-                place = self._tensor(own)
-                known_ids = token_ids[place].clamp(0, self._vocab_size - 1)
-                logprobs[place] = ops.token_logprobs(_take(reported, own), known_ids)
-                tops.update(self._top_tokens(reported, rows, own))
+        for own, reported in groups:
+            tops.update(self._top_tokens(reported, rows, own))
+        if len(groups) == 1:
+            return SampledTokens(token_ids, ops.token_logprobs(groups[0][1], known_ids), tops)
+        logprobs = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        for own, reported in groups:
+            place = self._tensor(own)
+            logprobs[place] = ops.token_logprobs(_take(reported, own), known_ids[place])
         return SampledTokens(token_ids, logprobs, tops)
 
     def _process(
-        self, scores: torch.Tensor, rows: _Rows, last_token_ids: torch.Tensor, masks: Mapping[int, torch.Tensor]
+        self, scores: torch.Tensor, rows: _Rows, last_token_ids: torch.Tensor | None, masks: Mapping[int, torch.Tensor]
     ) -> None:
         """Everything between the logits and the choice, in place and in order."""
         table, asked = self._table, int(np.bitwise_or.reduce(rows.uses))
         if asked & Uses.WATERMARK:
+            if last_token_ids is None:
+                raise InvariantBroken("a watermark follows the last token, which was not brought")
             self._add_watermark(scores, rows, last_token_ids)
         if asked & Uses.HISTORY:
             self._penalize_history(scores, rows)
@@ -196,13 +215,17 @@ class Sampler:
 
     def _choose(self, scores: torch.Tensor, rows: _Rows) -> torch.Tensor:
         """The race for rows that sample, the best score for the others: [S'] int64."""
+        drawn, best = rows.using(Uses.CHANCE), np.flatnonzero((rows.uses & Uses.CHANCE) == 0)
+        if not len(drawn):
+            return ops.greedy(scores)[0]
+        own = rows.pick(drawn)
+        seeds, positions = self._tensor(self._table.seeds[own.slots]), self._tensor(own.positions)
+        raced = ops.race(_take(scores, drawn), seeds, positions)
+        if not len(best):
+            return raced
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=scores.device)
-        if (best := np.flatnonzero((rows.uses & Uses.CHANCE) == 0)).size:
-            token_ids[self._tensor(best)] = ops.greedy(_take(scores, best))[0]
-        if (drawn := rows.using(Uses.CHANCE)).size:
-            own = rows.pick(drawn)
-            seeds, positions = self._tensor(self._table.seeds[own.slots]), self._tensor(own.positions)
-            token_ids[self._tensor(drawn)] = ops.race(_take(scores, drawn), seeds, positions)
+        token_ids[self._tensor(drawn)] = raced
+        token_ids[self._tensor(best)] = ops.greedy(_take(scores, best))[0]
         return token_ids
 
     def _top_tokens(self, scores: torch.Tensor, rows: _Rows, own: Int64Array) -> dict[int, TopTokens]:
@@ -214,7 +237,8 @@ class Sampler:
         return dict(zip(asking.tolist(), top_tokens(_take(scores, asking), wanted), strict=True))
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
 def _take(scores: torch.Tensor, rows: Int64Array) -> torch.Tensor:
