@@ -177,7 +177,8 @@ class Engine:
         self._publish(events, self._stats(step, elapsed_ns, self._clock.now_ns() - now_ns))
 
     def _read_inbox(self) -> None:
-        while self._inbox:
+        # What arrives meanwhile waits for the next turn: nobody's messages can keep a step from being planned.
+        for _ in range(len(self._inbox)):
             self._handle(self._inbox.popleft())
 
     def _handle(self, message: _Message) -> None:
