@@ -1118,11 +1118,29 @@ WEFT_INLINE void store_rotated(const Element* k, const Element* v, const float* 
   store_value(row, width, value_place);
 }
 
+// Asks for the lines that a token's key and value will be written to: some hundred, far apart, and out of every cache
+// while decoding.
+template <typename Stored>
+WEFT_INLINE void ask_for_slot(const RotaryArguments& a, int64_t slot) {
+  constexpr int64_t kPerUnit = Held<Stored>::kPerUnit;
+  const int64_t block_bytes = a.block_size * bytes_per_position(a.head_size, a.kv_dtype);
+  const int64_t offset = slot % a.block_size, position_bytes = a.head_size * static_cast<int64_t>(sizeof(Stored));
+  const int64_t key_bytes = position_bytes * kRunPositions, value_bytes = position_bytes * kPerUnit;
+  for (int64_t head = 0; head < a.kv_heads; ++head) {
+    const int64_t start = (slot / a.block_size * a.kv_heads + head) * block_bytes;
+    const uint8_t* const keys = static_cast<const uint8_t*>(a.keys) + start + offset / kRunPositions * key_bytes;
+    const uint8_t* const values = static_cast<const uint8_t*>(a.values) + start + offset / kPerUnit * value_bytes;
+    for (int64_t byte = 0; byte < key_bytes; byte += 64) __builtin_prefetch(keys + byte, 1);
+    for (int64_t byte = 0; byte < value_bytes; byte += 64) __builtin_prefetch(values + byte, 1);
+  }
+}
+
 template <typename Element, typename Stored>
 void rotary_and_store_of(const RotaryArguments& a, int64_t first_token, int64_t end_token) {
   const int64_t half = a.rotary_size / 2;
   const int64_t block_bytes = a.block_size * bytes_per_position(a.head_size, a.kv_dtype);
   for (int64_t token = first_token; token < end_token; ++token) {
+    if (a.kv_slots[token] >= 0) ask_for_slot<Stored>(a, a.kv_slots[token]);
     const float* cos_sin = a.cos_sin + a.positions[token] * a.rotary_size;
     Element* q = static_cast<Element*>(a.q) + token * a.q_stride;
     for (int64_t head = 0; head < a.query_heads; ++head) {

@@ -22,14 +22,16 @@ constexpr int64_t kRowBlock = 192;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs `work(first, end, thread)` over 0 … count-1 in chunks; `nanoseconds` is a guess of what one element costs.
+// Runs `work(first, end, thread)` over 0 … count-1 in chunks; `nanoseconds` is a guess of what one element costs. All
+// threads get the same number of chunks.
 template <typename Work>
 void split(int64_t count, double nanoseconds, const Work& work) {
   const int64_t least = static_cast<int64_t>(kChunkNanoseconds / nanoseconds) + 1;
-  const int64_t even = divide_up(count, thread_count() * kChunksPerThread);
-  const int64_t size = std::max(least, even);
-  parallel_chunks(divide_up(count, size), [&](int64_t chunk, int thread) {
-    work(chunk * size, std::min(count, (chunk + 1) * size), thread);
+  const int64_t threads = thread_count();
+  const int64_t wanted = std::min(divide_up(count, least), threads * kChunksPerThread);
+  const int64_t chunks = wanted < 2 ? wanted : std::min(count, divide_up(wanted, threads) * threads);
+  parallel_chunks(chunks, [&](int64_t chunk, int thread) {
+    work(count * chunk / chunks, count * (chunk + 1) / chunks, thread);
   });
 }
 

@@ -332,9 +332,29 @@ struct Tile {
   int64_t panel_bytes;
   int64_t row;
   int64_t panel;
-  // Weights that are needed later: two lines per step are asked for, from here on. See kernels.inl.
+  // Weights that are needed later: each step asks for its share, from here on. See kernels.inl.
   const uint8_t* later;
   int64_t later_step_bytes;
+};
+
+// Asks for weights step by step. Codes of 8 bits make whole lines, two to a step. Others share lines with their scales,
+// and 6 bits fill seven lines in a step: each line is asked for once, when its turn comes.
+template <int kBits>
+struct Ahead {
+  const uint8_t* next;
+  const uint8_t* due;
+  int64_t step_bytes;
+
+  __attribute__((always_inline)) void advance() {
+    due += step_bytes;
+    if constexpr (kBits == 8) {
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + 64);
+      next = due;
+    } else {
+      for (; next < due; next += 64) __builtin_prefetch(next);
+    }
+  }
 };
 
 template <typename K, int kRows, typename Out>
@@ -360,7 +380,7 @@ __attribute__((noinline)) void multiply_tile(const QuantizedLinearArguments& a, 
   const float* scales = reinterpret_cast<const float*>(rows + tile.layout.code_bytes);
   const float* corrections = scales + tile.layout.groups;
   const uint8_t* w = panel + (K::kPerOutput ? 128 : 0);
-  const uint8_t* later = tile.later;
+  Ahead<K::kBits> ahead{tile.later, tile.later, tile.later_step_bytes};
   alignas(64) Totals<kRows> totals;
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -378,9 +398,7 @@ __attribute__((noinline)) void multiply_tile(const QuantizedLinearArguments& a, 
     }
     const int64_t end = least(first + a.format.group_size, a.in_features);
     for (int64_t input = first; input < end; input += K::kInputsPerStep) {
-      __builtin_prefetch(later);
-      __builtin_prefetch(later + 64);
-      later += tile.later_step_bytes;
+      ahead.advance();
       add_step<K::kBits, kRows>(sums, rows + input, row_bytes, w);
       w += K::kBytesPerStep;
     }
