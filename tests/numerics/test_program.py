@@ -1,5 +1,6 @@
 """A recorded decoder gives the bits of the decoder it was recorded from, whatever the step holds."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -183,33 +184,35 @@ def random_pool(num_blocks: int, heads: int, head_size: int, dtype: torch.dtype,
     return pool
 
 
-def shared_batch(kv: Sequence[LayerKv], histories: Sequence[tuple[list[int], int]]) -> ForwardBatch:
-    """One decoding row for each (blocks, context)."""
-    width = max(len(blocks) for blocks, _ in histories)
-    tables = [blocks + [0] * (width - len(blocks)) for blocks, _ in histories]
-    contexts = [context for _, context in histories]
-    last = [(blocks[(context - 1) // BLOCK_SIZE], (context - 1) % BLOCK_SIZE) for blocks, context in histories]
-    rows = range(len(histories))
+def shared_batch(kv: Sequence[LayerKv], histories: Sequence[tuple[list[int], int, int]]) -> ForwardBatch:
+    """The last rows of each (blocks, context, rows)."""
+    width = max(len(blocks) for blocks, _, _ in histories)
+    tables = [blocks + [0] * (width - len(blocks)) for blocks, _, _ in histories]
+    contexts = [context for _, context, _ in histories]
+    starts = list(itertools.accumulate((rows for _, _, rows in histories), initial=0))
+    places = [(blocks, at) for blocks, context, rows in histories for at in range(context - rows, context)]
 
     def integers(values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32)
 
     return ForwardBatch(
-        token_ids=integers([0] * len(histories)),  # copies of a sequence write the same numbers to the same place
-        positions=integers([context - 1 for context in contexts]),
-        kv_slots=integers([block * BLOCK_SIZE + offset for block, offset in last]),
-        query_starts=integers([*rows, len(histories)]),
+        token_ids=integers([0] * len(places)),  # copies of a sequence write the same numbers to the same place
+        positions=integers([at for _, at in places]),
+        kv_slots=integers([blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for blocks, at in places]),
+        query_starts=integers(starts),
         context_lens=integers(contexts),
         block_tables=integers(tables),
-        logit_rows=integers(list(rows)),
+        logit_rows=integers(range(len(places))),
         kv=kv,
         max_context_len=max(contexts),
-        max_query_len=1,
+        max_query_len=max(rows for _, _, rows in histories),
     )
 
 
-def shared_histories() -> tuple[list[tuple[list[int], int]], int]:
-    """Sequences that share 3, 2, 1 and no whole parts of 512 positions, in no order; and how many blocks there are."""
+def shared_histories() -> tuple[list[tuple[list[int], int, int]], int]:
+    """Sequences that share 3, 2, 1 and no whole parts of 512 positions, and some of the next, in no order; and how many
+    blocks there are.
+    """
     fresh = iter(range(10_000))
 
     def take(num_tokens: int) -> list[int]:
@@ -217,12 +220,14 @@ def shared_histories() -> tuple[list[tuple[list[int], int]], int]:
 
     long, middle = take(1600), take(520)
     contexts = [(1601, 1600), (700, 512), (30, 0), (1700, 1536), (1029, 1024), (1537, 1536), (513, 512), (512, 504)]
-    histories = [(long[: shared // BLOCK_SIZE] + take(context - shared), context) for context, shared in contexts]
+    contexts += [(1500, 1408), (1480, 1440), (300, 240), (200, 64)]
+    histories = [(long[: shared // BLOCK_SIZE] + take(context - shared), context, 1) for context, shared in contexts]
     histories += [
-        (middle[: 512 // BLOCK_SIZE] + take(10), 522),
-        (take(900), 900),
-        (middle[: 512 // BLOCK_SIZE] + take(600), 1100),
-        (take(1), 1),
+        (middle[: 512 // BLOCK_SIZE] + take(10), 522, 1),
+        (take(900), 900, 1),
+        (middle[: 512 // BLOCK_SIZE] + take(600), 1100, 1),
+        (take(1), 1, 1),
+        (long[: 1408 // BLOCK_SIZE] + take(60), 1468, 60),
     ]
     return histories, next(fresh)
 
@@ -247,12 +252,12 @@ def test_what_sequences_share_is_read_once_and_changes_no_bit(
     before = library.load().library.weft_threads()  # type: ignore[union-attr]
     try:
         registry.set_threads(num_threads)
-        expected = decoder.forward(batch)
+        alone = [decoder.forward(shared_batch(pools, [history])) for history in histories]
         logits = replayed.forward(batch)
     finally:
         registry.set_threads(before)
 
-    assert torch.equal(logits, expected)
+    assert torch.equal(logits, torch.cat(alone * copies))
 
 
 def test_hidden_states_and_logits_apart_are_the_forward(llama: Decoder) -> None:

@@ -429,6 +429,7 @@ void programs(Results& results) {
   const Model model;
   model.run(results, {1}, {1}, 0);
   model.run(results, {1, 1, 1, 5}, {1100, 1060, 1040, 1200}, 32);  // whole parts in common, read once
+  model.run(results, {1, 1, 1, 5, 1}, {700, 1000, 690, 720, 640}, 20);  // and tiles of a part
   model.run(results, {130, 1, 40}, {130, 700, 640}, 0);
 }
 

@@ -85,6 +85,18 @@ class PagedCase:
         )
 
 
+def with_common_blocks(case: PagedCase, shared: Sequence[tuple[int, int]]) -> PagedCase:
+    """The same queries where each sequence begins with blocks of another one.
+
+    shared   per sequence (whose, so many leading positions): whole blocks of them; its own from there on
+    """
+    tables, block_size = case.block_tables.clone(), case.keys.shape[2]
+    for sequence, (owner, positions) in enumerate(shared):
+        blocks = positions // block_size
+        tables[sequence, :blocks] = tables[owner, :blocks].clone()
+    return replace(case, block_tables=tables)
+
+
 def unwritten_pool(num_blocks: int, kv_heads: int, block_size: int, head_size: int, dtype: torch.dtype) -> torch.Tensor:
     """A pool that reads as NaN everywhere."""
     shape = (num_blocks, kv_heads, block_size, kv_layout.pool_width(head_size, dtype))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.numerics.kernels.paged_cases import PagedCase, make_case
+from tests.numerics.kernels.paged_cases import PagedCase, make_case, with_common_blocks
 
 from weft.errors import InvariantBroken
 from weft.kernels import ops, registry
@@ -118,6 +118,81 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(
         alone = case.part(sequence, context - rows, context).run()
         assert torch.equal(alone, together[first : first + rows])
         first += rows
+
+
+COMMON = (
+    # rows and context of a sequence, whose blocks it begins with, and for how many positions
+    ((1, 1700), (0, 0)),
+    ((1, 1600), (0, 1600)),
+    ((1, 1699), (0, 1300)),  # leaves the others within a part
+    ((72, 1310), (0, 1238)),  # a prompt's last rows beside those that decode
+    ((1, 1537), (0, 1536)),
+    ((1, 700), (0, 512)),
+    ((1, 640), (5, 600)),  # two go on together after a third has left
+    ((1, 300), (0, 160)),
+    ((1, 300), (0, 96)),  # too little to be worth it
+    ((5, 200), (0, 128)),
+    ((1, 129), (0, 128)),
+    ((1, 900), (11, 0)),
+    ((1, 900), (11, 850)),
+    ((130, 890), (11, 760)),
+    ((0, 0), (0, 0)),
+    ((1, 1), (0, 0)),
+)
+
+
+@pytest.mark.parametrize("copies", [1, 7])
+@pytest.mark.parametrize(("dtype", "kv_dtype"), POOLS)
+@pytest.mark.parametrize(
+    ("heads", "head_size", "block_size", "softcap", "window"),
+    [
+        ((9, 3), 64, 32, 0.0, 0),
+        ((2, 2), 80, 16, 0.0, 0),
+        ((8, 1), 72, 48, 5.0, 0),
+        ((5, 1), 10, 64, 0.0, 0),
+        ((4, 2), 16, 32, 0.0, 400),
+    ],
+)
+def test_sequences_that_begin_alike_have_the_same_bits_alone_and_together(
+    compiled: str,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_size: int,
+    block_size: int,
+    softcap: float,
+    window: int,
+    copies: int,
+) -> None:
+    """Decoding rows read what they have in common once, chunks of prompts stand beside them."""
+    lengths = tuple(length for length, _ in COMMON) * copies
+    apart = make_case(
+        lengths,
+        heads=heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        softcap=softcap,
+        window=window,
+    )
+    case = with_common_blocks(apart, [shared for _, shared in COMMON] * copies)
+    alone = [
+        case.part(sequence, context - rows, context).run() for sequence, (rows, context) in enumerate(lengths) if rows
+    ]
+
+    for threads in (1, 3):
+        registry.set_threads(threads)
+        assert torch.equal(case.run(), torch.cat(alone))
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype"), POOLS)
+def test_what_sequences_have_in_common_is_near_the_exact_result(
+    kernel_set: str, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    lengths = [length for length, _ in COMMON]
+    case = make_case(lengths, heads=(3, 1), head_size=16, dtype=dtype, kv_dtype=kv_dtype)
+    assert_near_exact(with_common_blocks(case, [shared for _, shared in COMMON]))
 
 
 @pytest.mark.parametrize(("dtype", "kv_dtype"), POOLS)

@@ -6,6 +6,7 @@
 
 #include "layouts.h"
 #include "operations.h"
+#include "prefixes.h"
 #include "program.h"
 #include "thread_pool.h"
 
@@ -135,8 +136,11 @@ WEFT_EXPORT int64_t weft_paged_attention(const void* q, int64_t q_stride, void* 
     if (first_outside(block_tables + s * table_stride + first, end - first, 0, blocks) != 0) return s + 1;
   }
   const Session session;
+  const PrefixFinder prefixes(query_starts, context_lens, block_tables, table_stride, window > 0 ? 0 : sequences,
+                              block_size, common_limits(query_heads, kv_heads, head_size));
   paged_attention({q, q_stride, out, keys, values, block_tables, table_stride, query_starts, context_lens, scale,
-                   softcap, window, query_heads, kv_heads, head_size, block_size, type(dtype), type(kv_dtype)},
+                   softcap, window, query_heads, kv_heads, head_size, block_size, type(dtype), type(kv_dtype),
+                   prefixes.order()},
                   sequences);
   return 0;
 }

@@ -72,12 +72,31 @@ static inline int64_t bytes_per_position(int64_t head_size, DataType type) {
   return head_size * bytes_per_element(type) + (type == kInt8 ? 4 : 0);
 }
 
-// Which sequences begin with the same blocks, in whole parts: see prefixes.h.
+// Positions begin … end - 1 that some sequences of a common part visit together, or the last of them one alone.
+struct PrefixSegment {
+  int32_t first;  // within the part's sequences
+  int32_t count;
+  int32_t begin;  // multiple of kTilePositions
+  int32_t end;
+};
+
+// A part of the context that decoding sequences begin together: whoever leaves the others goes on in segments of its
+// own, each after the one that it continues.
+struct CommonPart {
+  int32_t first;  // within the order's sequences
+  int32_t count;
+  int32_t first_segment;
+  int32_t num_segments;
+  int32_t part;
+};
+
+// Which sequences begin with the same blocks: see prefixes.h.
 struct PrefixOrder {
-  const int32_t* sequences;         // [count] that decode, those that share side by side
-  const int32_t* shared_with_next;  // [count] parts that one shares with the next
+  const int32_t* sequences;  // that decode, those that share side by side
+  const PrefixSegment* segments;
+  const CommonPart* parts;  // [count]
   int64_t count;
-  const int32_t* shared_parts;  // [S] parts that a sequence shares with any other
+  const int32_t* shared_parts;  // [S] leading parts of a sequence that are among these
 };
 
 struct AttentionArguments {
@@ -188,10 +207,10 @@ struct KernelTable {
   void (*attend)(const AttentionArguments&, const AttentionPiece&, const AttentionPiece* next, void* scratch);
   // One part of a piece, left in `state`; then the parts first_part … first_part + parts - 1, written to `out`.
   void (*attend_part)(const AttentionArguments&, const AttentionPiece&, int64_t part, float* state, void* scratch);
-  // The same part for the only query of each of several sequences that share it whole: `piece` is that of the first
-  // with num_queries sequences. states[i] is left as attend_part would leave it for sequences[i] alone.
-  void (*attend_shared_part)(const AttentionArguments&, const AttentionPiece&, const int32_t* sequences,
-                             float* const* states, int64_t part, void* scratch);
+  // The same part for the only query of each of several sequences: states[i] is left as attend_part would leave it for
+  // the i-th of them alone.
+  void (*attend_common_part)(const AttentionArguments&, const CommonPart&, int64_t kv_head, float* const* states,
+                             void* scratch);
   void (*merge_parts)(const AttentionArguments&, const AttentionPiece&, float* states, int64_t parts);
 
   void (*rotary_and_store)(const RotaryArguments&, int64_t first_token, int64_t end_token);

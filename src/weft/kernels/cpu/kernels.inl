@@ -352,6 +352,11 @@ constexpr float kNothingSeen = -1e30f;
 
 WEFT_INLINE int64_t output_width(const AttentionArguments& a) { return round_up(a.head_size, kLanes); }
 
+// From a score to the base of its weight, 2.
+WEFT_INLINE float factor_of(const AttentionArguments& a) {
+  return (a.softcap > 0.0f ? a.softcap : a.scale) * kLog2E;
+}
+
 // Room for a whole vector from any row on.
 WEFT_INLINE int64_t padded_rows(int64_t rows) { return round_up(rows + kLanes, 16); }
 
@@ -517,6 +522,7 @@ struct Tile {
   int64_t first;           // absolute position of its first key
   int64_t first_position;  // absolute position of the piece's first query
   int64_t group;           // query heads per key head
+  bool is_open;            // whether all rows that take part see all of its keys
   const Unit* keys[kRunsPerTile];
   const Unit* keys_ahead[kRunsPerTile];
   const Unit* values[kRunsPerTile];
@@ -705,44 +711,63 @@ struct CodeArithmetic {
   }
 };
 
-// Online softmax of kRows rows over a tile: `scores` become weights, the rows' m and l are brought up to date.
+// What raising m leaves for the exponentials: one lane per row.
+struct Raised {
+  Floats m;
+  Floats decay;
+};
+
+// Hides what rows do not see, and brings their m up to date: the first half of the online softmax.
 template <typename Arithmetic, int kRows>
-WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w,
-                             const Tile<typename Arithmetic::Stored>& tile, int64_t row,
-                             Floats (&scores)[kRows][kVectorsPerPanel]) {
-  constexpr int kTerms = Arithmetic::kTermsOfExp2;
-  const bool is_capped = a.softcap > 0.0f;
-  Floats largest[kRows];
+WEFT_INLINE Raised raise_m(const AttentionArguments& a, const Workspace& w,
+                           const Tile<typename Arithmetic::Stored>& tile, int64_t row,
+                           Floats (&scores)[kRows][kVectorsPerPanel]) {
+  if (a.softcap > 0.0f) {
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t position = tile.first_position + (row + r) / tile.group;
-    const int32_t high = static_cast<int32_t>(smaller(position - tile.first, kTilePositions));
-    const int32_t low = a.window > 0 ? static_cast<int32_t>(larger(position - a.window - tile.first, -1)) : -1;
-    if (is_capped) {
+    for (int r = 0; r < kRows; ++r) {
       for (Floats& score : scores[r]) score = tanh(multiply(score, set(a.scale / a.softcap)));
     }
-    if (high < kTilePositions - 1 || low >= 0) {
+  }
+  if (!tile.is_open) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t position = tile.first_position + (row + r) / tile.group;
+      const int32_t high = static_cast<int32_t>(smaller(position - tile.first, kTilePositions));
+      const int32_t low = a.window > 0 ? static_cast<int32_t>(larger(position - a.window - tile.first, -1)) : -1;
       for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
         scores[r][vector] = keep_between(scores[r][vector], vector * kLanes, low, high);
       }
     }
+  }
+  Floats largest[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
     largest[r] = scores[r][0];
     for (int vector = 1; vector < kVectorsPerPanel; ++vector) largest[r] = max(scores[r][vector], largest[r]);
   }
-  const Floats factor = set((is_capped ? a.softcap : a.scale) * kLog2E);
-  const Floats before = load(w.part.m + row);  // one lane per row, as in all that follows; more lanes than rows
-  const Floats m = max(multiply(max_of_each(largest), factor), before);
-  const Floats decay = exp2<kTerms>(subtract(before, m));
+  const Floats before = load(w.part.m + row);  // more lanes than rows
+  const Floats m = max(multiply(max_of_each(largest), set(factor_of(a))), before);
+  const Floats decay = exp2<Arithmetic::kTermsOfExp2>(subtract(before, m));
   store_first(w.part.m + row, m, kRows);
   store_first(w.decay + row, decay, kRows);
+  return {m, decay};
+}
+
+// Scores become weights, and the rows' l is brought up to date: the second half. `of_row(r)` gives m and decay of a row
+// in every lane.
+template <typename Arithmetic, int kRows, typename OfRow>
+WEFT_INLINE void weigh(const AttentionArguments& a, const Workspace& w, int64_t row,
+                       Floats (&scores)[kRows][kVectorsPerPanel], const OfRow& of_row) {
+  const Floats factor = set(factor_of(a));
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    const Floats shift = subtract(zero(), lane(m, r));
+    const Raised raised = of_row(r);
+    const Floats shift = subtract(zero(), raised.m);
     float* const l = w.part.l + (row + r) * kLanes;
-    Floats sum = multiply(load(l), lane(decay, r));
+    Floats sum = multiply(load(l), raised.decay);
 #pragma GCC unroll 4
     for (Floats& score : scores[r]) {
-      score = exp2<kTerms>(fma(score, factor, shift));
+      score = exp2<Arithmetic::kTermsOfExp2>(fma(score, factor, shift));
       sum = add(sum, score);
     }
     store(l, sum);
@@ -750,11 +775,19 @@ WEFT_INLINE void update_rows(const AttentionArguments& a, const Workspace& w,
   Arithmetic::template store_weights<kRows>(w, row, scores);
 }
 
-// Scores of kRows rows against a tile, and what they do to the softmax. Not inlined, so that each number of rows has
-// the registers for itself.
+// Rows that wait for their exponentials.
+struct alignas(64) Waiting {
+  float scores[kScoreRows][kTilePositions];
+  float m[kLanes];
+  float decay[kLanes];
+};
+
+// Scores of kRows rows against a tile, left in `waiting` for weigh_rows, or made weights at once where it is nullptr.
+// Not inlined, so that each number of rows has the registers for itself.
 template <typename Arithmetic, int kRows>
 __attribute__((noinline)) void score_rows(const AttentionArguments& a, const Workspace& w,
-                            const Tile<typename Arithmetic::Stored>& tile, int64_t row) {
+                                          const Tile<typename Arithmetic::Stored>& tile, int64_t row,
+                                          Waiting* waiting) {
   using Dot = typename Arithmetic::Dot;
   typename Dot::Sum sums[kRows][kVectorsPerPanel];
 #pragma GCC unroll 16
@@ -774,16 +807,74 @@ __attribute__((noinline)) void score_rows(const AttentionArguments& a, const Wor
       scores[r][vector] = Arithmetic::score(w, sums[r][vector], row + r, vector);
     }
   }
-  update_rows<Arithmetic, kRows>(a, w, tile, row, scores);
+  const Raised raised = raise_m<Arithmetic, kRows>(a, w, tile, row, scores);
+  if (waiting == nullptr) {
+    return weigh<Arithmetic, kRows>(a, w, row, scores,
+                                    [&](int r) { return Raised{lane(raised.m, r), lane(raised.decay, r)}; });
+  }
+  store(waiting->m, raised.m);
+  store(waiting->decay, raised.decay);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+      store(waiting->scores[r] + vector * kLanes, scores[r][vector]);
+    }
+  }
+}
+
+template <typename Arithmetic, int kRows>
+__attribute__((noinline)) void weigh_rows(const AttentionArguments& a, const Workspace& w, int64_t row,
+                                          const Waiting& waiting) {
+  Floats scores[kRows][kVectorsPerPanel];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int vector = 0; vector < kVectorsPerPanel; ++vector) {
+      scores[r][vector] = load(waiting.scores[r] + vector * kLanes);
+    }
+  }
+  weigh<Arithmetic, kRows>(a, w, row, scores,
+                           [&](int r) { return Raised{set(waiting.m[r]), set(waiting.decay[r])}; });
 }
 
 template <typename Arithmetic, int kRows = kScoreRows>
 WEFT_INLINE void score_some_rows(const AttentionArguments& a, const Workspace& w,
-                                 const Tile<typename Arithmetic::Stored>& tile, int64_t row, int64_t rows) {
+                                 const Tile<typename Arithmetic::Stored>& tile, int64_t row, int64_t rows,
+                                 Waiting* waiting) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return score_some_rows<Arithmetic, kRows - 1>(a, w, tile, row, rows);
+    if (rows < kRows) return score_some_rows<Arithmetic, kRows - 1>(a, w, tile, row, rows, waiting);
   }
-  score_rows<Arithmetic, kRows>(a, w, tile, row);
+  score_rows<Arithmetic, kRows>(a, w, tile, row, waiting);
+}
+
+template <typename Arithmetic, int kRows = kScoreRows>
+WEFT_INLINE void weigh_some_rows(const AttentionArguments& a, const Workspace& w, int64_t row, int64_t rows,
+                                 const Waiting& waiting) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return weigh_some_rows<Arithmetic, kRows - 1>(a, w, row, rows, waiting);
+  }
+  weigh_rows<Arithmetic, kRows>(a, w, row, waiting);
+}
+
+// Rows first_row … end_row - 1 against a tile: their weights, m and l. Exponentials come one group of rows behind the
+// products that they need: what these wait for is ready by then, and products of the next rows run beside them.
+template <typename Arithmetic>
+WEFT_INLINE void score_all_rows(const AttentionArguments& a, const Workspace& w,
+                                const Tile<typename Arithmetic::Stored>& tile, int64_t first_row, int64_t end_row) {
+  const int64_t rows = end_row - first_row;
+  if (rows <= kScoreRows) return score_some_rows<Arithmetic>(a, w, tile, first_row, rows, nullptr);
+  Waiting waiting[2];
+  const int64_t groups = (rows + kScoreRows - 1) / kScoreRows;
+  int64_t row = first_row, before = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t count = (end_row - row + (groups - group) - 1) / (groups - group);
+    score_some_rows<Arithmetic>(a, w, tile, row, count, &waiting[group % 2]);
+    if (group > 0) weigh_some_rows<Arithmetic>(a, w, row - before, before, waiting[(group - 1) % 2]);
+    row += count;
+    before = count;
+  }
+  weigh_some_rows<Arithmetic>(a, w, row - before, before, waiting[(groups - 1) % 2]);
 }
 
 // o = o · decay + weights · values for kRows rows and kVectors vectors of the head.
@@ -844,23 +935,20 @@ WEFT_INLINE void clear(const AttentionArguments& a, const State& state, int64_t 
   for (int64_t i = 0; i < rows * width; i += kLanes) store(state.o + i, zero());
 }
 
-// Visits the tiles of one part. A row takes part in a tile only when it sees a key there, so that what it computes
-// does not depend on which rows stand beside it.
+// Visits the tiles from `begin` to `end`, of one part. A row takes part in a tile only when it sees a key there, so that
+// what it computes does not depend on which rows stand beside it.
 template <typename Arithmetic>
-__attribute__((noinline)) void visit_part(const AttentionArguments& a, const Visit& visit, int64_t part,
-                                          const Workspace& w) {
+__attribute__((noinline)) void visit_tiles(const AttentionArguments& a, const Visit& visit, int64_t begin, int64_t end,
+                                           const Workspace& w) {
   using Stored = typename Arithmetic::Stored;
   using Unit = typename Held<Stored>::Unit;
   const AttentionPiece& piece = *visit.piece;
   const int64_t group = a.query_heads / a.kv_heads;
   const int64_t first_position = first_position_of(a, piece);
-  const int64_t end_tile = smaller((part + 1) * kPartPositions, visit.seen.end);
   Tile<Stored> tile;
   tile.first_position = first_position;
   tile.group = group;
-  clear(a, w.part, piece.num_queries * group);
-  for (tile.first = larger(part * kPartPositions, first_tile_of(visit.seen)); tile.first < end_tile;
-       tile.first += kTilePositions) {
+  for (tile.first = begin; tile.first < end; tile.first += kTilePositions) {
     const int64_t first_row = larger(tile.first - first_position, 0) * group;
     // The window has passed the tile for queries from its last key's position + window on.
     const int64_t end_query = a.window > 0 ? tile.first + kTilePositions - 1 + a.window - first_position
@@ -879,9 +967,9 @@ __attribute__((noinline)) void visit_part(const AttentionArguments& a, const Vis
       tile.values[1] = copy + kRunPositions / Held<Stored>::kPerUnit * tile.value_stride;
     }
     Arithmetic::look_at(w, at, later, visit.seen, tile.first);
-    for (int64_t row = first_row; row < end_row; row += kScoreRows) {
-      score_some_rows<Arithmetic>(a, w, tile, row, end_row - row);
-    }
+    tile.is_open = tile.first + kTilePositions - 1 <= first_position + first_row / group &&
+                   (a.window == 0 || first_position + (end_row - 1) / group - a.window < tile.first);
+    score_all_rows<Arithmetic>(a, w, tile, first_row, end_row);
     for (int64_t row = first_row; row < end_row; row += kOutputRows) {
       gather_some_rows<Arithmetic>(a, w, tile, row, end_row - row);
     }
@@ -939,6 +1027,11 @@ WEFT_INLINE bool uses_pairs(const AttentionArguments& a) {
   return kHasBf16Dot && a.dtype == kBfloat16 && a.kv_dtype == kBfloat16;
 }
 
+// As the arithmetic reads them.
+WEFT_INLINE int64_t bytes_per_query_element(const AttentionArguments& a) {
+  return a.kv_dtype == kInt8 || uses_pairs(a) ? 2 : 4;
+}
+
 // One query in 15 bits and its scale. What is no number makes the scale infinite and the scores NaN.
 template <typename Element>
 void round_query(const Element* q, int64_t width, int16_t* out, float* scale) {
@@ -965,9 +1058,8 @@ void gather_query(const AttentionArguments& a, int64_t token, int64_t kv_head, i
     }
     return;
   }
-  const DataType arithmetic = uses_pairs(a) ? kBfloat16 : kFloat32;
   convert_row(static_cast<const uint8_t*>(a.q) + from * bytes_per_element(a.dtype), a.dtype,
-              w.q + query * width * bytes_per_element(arithmetic), arithmetic, width);
+              w.q + query * width * bytes_per_query_element(a), uses_pairs(a) ? kBfloat16 : kFloat32, width);
 }
 
 void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, const Workspace& w) {
@@ -977,13 +1069,19 @@ void gather_queries(const AttentionArguments& a, const AttentionPiece& piece, co
   }
 }
 
-void visit_any(const AttentionArguments& a, const Visit& visit, int64_t part, const Workspace& w) {
+void visit_any(const AttentionArguments& a, const Visit& visit, int64_t begin, int64_t end, const Workspace& w) {
 #ifdef __AVX512BF16__
-  if (uses_pairs(a)) return visit_part<PairArithmetic>(a, visit, part, w);
+  if (uses_pairs(a)) return visit_tiles<PairArithmetic>(a, visit, begin, end, w);
 #endif
-  if (a.kv_dtype == kInt8) return visit_part<CodeArithmetic>(a, visit, part, w);
-  if (a.kv_dtype == kFloat32) return visit_part<FloatArithmetic<float>>(a, visit, part, w);
-  visit_part<FloatArithmetic<uint16_t>>(a, visit, part, w);
+  if (a.kv_dtype == kInt8) return visit_tiles<CodeArithmetic>(a, visit, begin, end, w);
+  if (a.kv_dtype == kFloat32) return visit_tiles<FloatArithmetic<float>>(a, visit, begin, end, w);
+  visit_tiles<FloatArithmetic<uint16_t>>(a, visit, begin, end, w);
+}
+
+void visit_part(const AttentionArguments& a, const Visit& visit, int64_t part, const Workspace& w) {
+  clear(a, w.part, visit.piece->num_queries * (a.query_heads / a.kv_heads));
+  visit_any(a, visit, larger(part * kPartPositions, first_tile_of(visit.seen)),
+            smaller((part + 1) * kPartPositions, visit.seen.end), w);
 }
 
 WEFT_INLINE Visit visit_of(const AttentionArguments& a, const AttentionPiece& piece, const AttentionPiece* next) {
@@ -996,12 +1094,12 @@ void attend(const AttentionArguments& a, const AttentionPiece& piece, const Atte
   const Visit visit = visit_of(a, piece, next);
   const PartRange parts = visible_parts(a, piece);
   gather_queries(a, piece, w);
-  visit_any(a, visit, parts.first, w);
+  visit_part(a, visit, parts.first, w);
   if (parts.end - parts.first == 1) return write(a, piece, w.part);
   for (int64_t row = 0; row < rows; ++row) w.total.m[row] = kNothingSeen;
   merge(a, w.total, w.part, rows);
   for (int64_t part = parts.first + 1; part < parts.end; ++part) {
-    visit_any(a, visit, part, w);
+    visit_part(a, visit, part, w);
     merge(a, w.total, w.part, rows);
   }
   write(a, piece, w.total);
@@ -1012,23 +1110,41 @@ void attend_part(const AttentionArguments& a, const AttentionPiece& piece, int64
   Workspace w = workspace_at(a, scratch, rows);
   w.part = state_at(state, rows);
   gather_queries(a, piece, w);
-  visit_any(a, visit_of(a, piece, nullptr), part, w);
+  visit_part(a, visit_of(a, piece, nullptr), part, w);
 }
 
-// The queries count as if they stood one after another behind the first one's: all of them see the whole part, which
-// is all that a query's position decides.
-void attend_shared_part(const AttentionArguments& a, const AttentionPiece& piece, const int32_t* sequences,
-                        float* const* states, int64_t part, void* scratch) {
+// The workspace of rows from `row` on. What lives for one tile only may stand where it is.
+WEFT_INLINE Workspace rows_from(const AttentionArguments& a, const Workspace& w, int64_t row) {
+  Workspace rest = w;
+  rest.q += row * a.head_size * bytes_per_query_element(a);
+  rest.q_scales += row;
+  rest.part = {w.part.m + row, w.part.l + row * kLanes, w.part.o + row * output_width(a)};
+  return rest;
+}
+
+// Queries of several sequences count as if they stood one after another behind the first one's: all of them see the
+// whole segment, which is all that a query's position decides.
+void attend_common_part(const AttentionArguments& a, const CommonPart& common, int64_t kv_head, float* const* states,
+                        void* scratch) {
   const int64_t group = a.query_heads / a.kv_heads;
   const int64_t width = output_width(a);
-  const Workspace w = workspace_at(a, scratch, piece.num_queries * group);
-  for (int64_t query = 0; query < piece.num_queries; ++query) {
-    gather_query(a, a.query_starts[sequences[query]], piece.kv_head, query, w);
+  const int32_t* const sequences = a.prefixes->sequences + common.first;
+  const PrefixSegment* const segments = a.prefixes->segments + common.first_segment;
+  const Workspace w = workspace_at(a, scratch, common.count * group);
+  for (int64_t i = 0; i < common.count; ++i) gather_query(a, a.query_starts[sequences[i]], kv_head, i, w);
+  clear(a, w.part, common.count * group);
+  for (int64_t i = 0; i < common.num_segments; ++i) {
+    const bool is_last = i + 1 == common.num_segments;
+    const PrefixSegment &segment = segments[i], &next = segments[is_last ? i : i + 1];
+    const AttentionPiece piece{sequences[segment.first], kv_head, 0, segment.count};
+    const AttentionPiece next_piece{sequences[next.first], kv_head, 0, next.count};
+    const Visit visit{&piece, Seen{segment.begin, segment.end}, is_last ? nullptr : &next_piece,
+                      Seen{next.begin, next.end}};
+    visit_any(a, visit, segment.begin, segment.end, rows_from(a, w, segment.first * group));
   }
-  visit_any(a, Visit{&piece, Seen{0, (part + 1) * kPartPositions}, nullptr, Seen{0, 0}}, part, w);
-  for (int64_t query = 0; query < piece.num_queries; ++query) {
-    const State own = state_at(states[query], group);
-    const int64_t row = query * group;
+  for (int64_t i = 0; i < common.count; ++i) {
+    const State own = state_at(states[i], group);
+    const int64_t row = i * group;
     __builtin_memcpy(own.m, w.part.m + row, group * sizeof(float));
     __builtin_memcpy(own.l, w.part.l + row * kLanes, group * kLanes * sizeof(float));
     __builtin_memcpy(own.o, w.part.o + row * width, group * width * sizeof(float));
@@ -1418,7 +1534,7 @@ const KernelTable WEFT_TABLE = {
     attention_state_floats,
     attend,
     attend_part,
-    attend_shared_part,
+    attend_common_part,
     merge_parts,
     rotary_and_store,
     rms_norm,

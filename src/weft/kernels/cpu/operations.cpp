@@ -40,19 +40,18 @@ struct PieceParts {
 // One entry of the work list: a whole piece, one part of a piece whose parts are shared out, or one part that several
 // sequences have in common.
 struct AttentionTask {
-  AttentionPiece piece;
+  AttentionPiece piece;      // of a common part the head alone
   int64_t part;              // absolute part, or -1 for a whole piece
   PieceParts parts;          // of a piece
-  const int32_t* sequences;  // nullptr, or [piece.num_queries] that have the part in common
+  const CommonPart* common;  // nullptr: a piece
 };
 
-// Sequences whose common part is computed at once, whatever their heads.
-constexpr int64_t kMostSharing = 96;
+// Rows of a head whose state and queries stay in the cache while keys and values pass by.
+constexpr int64_t kMostRows = 96;
 
-// Rows whose state and queries stay in the first-level cache while keys and values pass by.
-int64_t queries_per_piece(const AttentionArguments& a) {
-  const int64_t rows = a.head_size <= 128 ? 96 : 48;
-  return std::max<int64_t>(1, rows / (a.query_heads / a.kv_heads));
+// Queries of one sequence, or sequences of one query each, that meet keys and values together.
+int64_t queries_per_piece(int64_t head_size, int64_t group) {
+  return std::max<int64_t>(1, (head_size <= 128 ? kMostRows : kMostRows / 2) / group);
 }
 
 int64_t query_length(const AttentionArguments& a, int64_t sequence) {
@@ -66,20 +65,18 @@ struct AttentionPlan {
   int64_t most_rows = 0;
 };
 
-// Calls `visit(piece)` for every piece: long rows first and from their ends, where most keys are seen, so that no
-// thread is left with a large piece when the others are done.
+// Calls `visit(piece)` for every piece of sequences with several queries, or of those with one. Long ones come from
+// their ends, where most keys are seen, so that no thread is left with a large piece when the others are done.
 template <typename Visit>
-void for_each_piece(const AttentionArguments& a, int64_t sequences, const Visit& visit) {
-  const int64_t step = queries_per_piece(a);
-  for (const bool long_rows : {true, false}) {
-    for (int64_t sequence = 0; sequence < sequences; ++sequence) {
-      const int64_t length = query_length(a, sequence);
-      if (length == 0 || (length > 1) != long_rows) continue;
-      for (int64_t index = divide_up(length, step) - 1; index >= 0; --index) {
-        for (int64_t head = 0; head < a.kv_heads; ++head) {
-          visit(AttentionPiece{sequence, head, index * step, std::min(step, length - index * step)});
-        }
-      }
+void for_each_piece(const AttentionArguments& a, int64_t sequences, bool are_long, const Visit& visit) {
+  const int64_t most = queries_per_piece(a.head_size, a.query_heads / a.kv_heads);
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    const int64_t length = query_length(a, sequence);
+    if (length == 0 || (length > 1) != are_long) continue;
+    const int64_t pieces = divide_up(length, most);
+    for (int64_t index = pieces - 1; index >= 0; --index) {
+      const int64_t first = length * index / pieces, end = length * (index + 1) / pieces;
+      for (int64_t head = 0; head < a.kv_heads; ++head) visit(AttentionPiece{sequence, head, first, end - first});
     }
   }
 }
@@ -87,14 +84,18 @@ void for_each_piece(const AttentionArguments& a, int64_t sequences, const Visit&
 AttentionPlan count_pieces(const AttentionArguments& a, int64_t sequences) {
   AttentionPlan plan;
   const int64_t group = a.query_heads / a.kv_heads;
-  for_each_piece(a, sequences, [&](const AttentionPiece& piece) {
+  const auto count = [&](const AttentionPiece& piece) {
     const PartRange range = visible_parts(a, piece);
     const int64_t rows = piece.num_queries * group;
     plan.pieces += 1;
     plan.parts += range.end - range.first;
     plan.state_floats += (range.end - range.first) * kernels().attention_state_floats(a, rows);
     plan.most_rows = std::max(plan.most_rows, rows);
-  });
+  };
+  for (const bool are_long : {true, false}) for_each_piece(a, sequences, are_long, count);
+  for (int64_t i = 0; a.prefixes != nullptr && i < a.prefixes->count; ++i) {
+    plan.most_rows = std::max(plan.most_rows, a.prefixes->parts[i].count * group);
+  }
   return plan;
 }
 
@@ -110,41 +111,24 @@ void run_task(const AttentionArguments& a, const AttentionTask& task, const Atte
               const PieceParts* common, void* scratch) {
   const AttentionPiece& piece = task.piece;
   if (task.part < 0) {
-    const bool asks = next != nullptr && next->sequences == nullptr;
+    const bool asks = next != nullptr && next->common == nullptr;
     return kernels().attend(a, piece, asks ? &next->piece : nullptr, scratch);
   }
   const int64_t group = a.query_heads / a.kv_heads;
-  if (task.sequences == nullptr) {
+  if (task.common == nullptr) {
     const int64_t floats = kernels().attention_state_floats(a, piece.num_queries * group);
     kernels().attend_part(a, piece, task.part, task.parts.states + (task.part - task.parts.first) * floats, scratch);
     return finish_part(a, piece, task.parts);
   }
-  float* states[kMostSharing];
+  float* states[kMostRows];
+  const int32_t* const sequences = a.prefixes->sequences + task.common->first;
   const int64_t floats = kernels().attention_state_floats(a, group);
-  for (int64_t i = 0; i < piece.num_queries; ++i) {
-    states[i] = common[task.sequences[i] * a.kv_heads + piece.kv_head].states + task.part * floats;
+  for (int64_t i = 0; i < task.common->count; ++i) {
+    states[i] = common[sequences[i] * a.kv_heads + piece.kv_head].states + task.part * floats;
   }
-  kernels().attend_shared_part(a, piece, task.sequences, states, task.part, scratch);
-  for (int64_t i = 0; i < piece.num_queries; ++i) {
-    const int64_t sequence = task.sequences[i];
-    finish_part(a, {sequence, piece.kv_head, 0, 1}, common[sequence * a.kv_heads + piece.kv_head]);
-  }
-}
-
-// Calls `visit(sequences, count, part)` for every part that sequences have in common.
-template <typename Visit>
-void for_each_common_part(const PrefixOrder& order, int64_t most, const Visit& visit) {
-  int32_t deepest = 0;
-  for (int64_t i = 0; i < order.count; ++i) deepest = std::max(deepest, order.shared_with_next[i]);
-  for (int32_t part = 0; part < deepest; ++part) {
-    int64_t first = 0;
-    for (int64_t i = 0; i < order.count; ++i) {
-      const bool goes_on = i + 1 < order.count && order.shared_with_next[i] > part;
-      if (goes_on && i + 1 - first < most) continue;
-      // The last of a full group may be left alone with the part; it is still nobody else's to compute.
-      if (order.shared_parts[order.sequences[first]] > part) visit(order.sequences + first, i + 1 - first, part);
-      first = i + 1;
-    }
+  kernels().attend_common_part(a, *task.common, piece.kv_head, states, scratch);
+  for (int64_t i = 0; i < task.common->count; ++i) {
+    finish_part(a, {sequences[i], piece.kv_head, 0, 1}, common[sequences[i] * a.kv_heads + piece.kv_head]);
   }
 }
 
@@ -295,21 +279,27 @@ void take_rows(const void* x, int64_t stride, const int32_t* rows, int64_t count
   });
 }
 
-void paged_attention(const AttentionArguments& a, int64_t sequences) {
+CommonLimits common_limits(int64_t query_heads, int64_t kv_heads, int64_t head_size) {
+  return {queries_per_piece(head_size, query_heads / kv_heads), divide_up(2 * thread_count(), kv_heads)};
+}
+
+void paged_attention(const AttentionArguments& arguments, int64_t sequences) {
+  AttentionArguments a = arguments;
+  // A window moves with each sequence, and with it what is common.
+  if (a.window > 0) a.prefixes = nullptr;
   const AttentionPlan plan = count_pieces(a, sequences);
   if (plan.pieces == 0) return;
-  // A window moves with each sequence, and with it what is common.
-  const PrefixOrder* const prefixes = a.window == 0 ? a.prefixes : nullptr;
   const auto common_parts = [&](const AttentionPiece& piece) -> int64_t {
-    return prefixes == nullptr ? 0 : prefixes->shared_parts[piece.sequence];
+    return a.prefixes == nullptr ? 0 : a.prefixes->shared_parts[piece.sequence];
   };
   // With few pieces their parts are shared out; the numbers are the same either way.
   const bool shares_parts = thread_count() > 1 && plan.pieces < thread_count() * kChunksPerThread;
-  const bool has_states = shares_parts || prefixes != nullptr;
+  const bool has_states = shares_parts || a.prefixes != nullptr;
   const int64_t most_tasks = has_states ? plan.parts : plan.pieces;
   const int64_t task_bytes = divide_up(most_tasks * sizeof(AttentionTask), 64) * 64;
   const int64_t counter_bytes = divide_up(plan.pieces * sizeof(std::atomic<int64_t>), 64) * 64;
-  const int64_t common_bytes = prefixes == nullptr ? 0 : divide_up(sequences * a.kv_heads * sizeof(PieceParts), 64) * 64;
+  const int64_t common_bytes =
+      a.prefixes == nullptr ? 0 : divide_up(sequences * a.kv_heads * sizeof(PieceParts), 64) * 64;
   uint8_t* const memory = static_cast<uint8_t*>(
       session_scratch(task_bytes + counter_bytes + common_bytes + (has_states ? plan.state_floats * 4 : 0)));
   AttentionTask* const list = reinterpret_cast<AttentionTask*>(memory);
@@ -318,16 +308,7 @@ void paged_attention(const AttentionArguments& a, int64_t sequences) {
   float* states = reinterpret_cast<float*>(memory + task_bytes + counter_bytes + common_bytes);
   AttentionTask* next = list;
   const int64_t group = a.query_heads / a.kv_heads;
-  // Common parts take longest and come first.
-  if (prefixes != nullptr) {
-    for_each_common_part(*prefixes, std::min(queries_per_piece(a), kMostSharing),
-                         [&](const int32_t* alike, int64_t count, int64_t part) {
-                           for (int64_t head = 0; head < a.kv_heads; ++head) {
-                             new (next++) AttentionTask{{alike[0], head, 0, count}, part, {}, alike};
-                           }
-                         });
-  }
-  for_each_piece(a, sequences, [&](const AttentionPiece& piece) {
+  const auto add_piece = [&](const AttentionPiece& piece) {
     const PartRange range = visible_parts(a, piece);
     const int64_t parts = range.end - range.first;
     if (common_parts(piece) == 0 && (!shares_parts || parts == 1)) {
@@ -342,9 +323,15 @@ void paged_attention(const AttentionArguments& a, int64_t sequences) {
     }
     ++counter;
     states += parts * kernels().attention_state_floats(a, piece.num_queries * group);
-  });
-  const int64_t most_rows = std::max(plan.most_rows, prefixes == nullptr ? 0 : queries_per_piece(a) * group);
-  const int64_t scratch_bytes = kernels().attention_scratch_bytes(a, most_rows);
+  };
+  // What takes longest comes first.
+  for_each_piece(a, sequences, true, add_piece);
+  for (int64_t i = 0; a.prefixes != nullptr && i < a.prefixes->count; ++i) {
+    const CommonPart& part = a.prefixes->parts[i];
+    for (int64_t head = 0; head < a.kv_heads; ++head) new (next++) AttentionTask{{0, head, 0, 0}, part.part, {}, &part};
+  }
+  for_each_piece(a, sequences, false, add_piece);
+  const int64_t scratch_bytes = kernels().attention_scratch_bytes(a, plan.most_rows);
   const int64_t count = next - list;
   const int64_t per_chunk = std::max<int64_t>(1, count / (thread_count() * 32));
   parallel_chunks(divide_up(count, per_chunk), [&](int64_t chunk, int thread) {

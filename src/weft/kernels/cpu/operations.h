@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "prefixes.h"
 
 namespace weft {
 
@@ -29,6 +30,7 @@ void scale_rows(void* x, DataType dtype, float factor, int64_t rows, int64_t wid
 void softcap(float* x, int64_t stride, int64_t rows, int64_t width, float cap);
 void take_rows(const void* x, int64_t stride, const int32_t* rows, int64_t count, int64_t width, DataType dtype,
                void* out);
+CommonLimits common_limits(int64_t query_heads, int64_t kv_heads, int64_t head_size);
 void paged_attention(const AttentionArguments& arguments, int64_t sequences);
 void rotary_and_store(const RotaryArguments& arguments, int64_t tokens);
 void rms_norm(const NormArguments& arguments, int64_t rows, const Afterwards& afterwards = {});

@@ -2,6 +2,8 @@
 
 #include <time.h>
 
+#include <algorithm>
+
 #include "layouts.h"
 #include "operations.h"
 #include "prefixes.h"
@@ -47,12 +49,23 @@ const Instruction* announce_product(const Instruction* i, const Instruction* end
   return i;
 }
 
+// What suits attention of every layer.
+CommonLimits common_limits_of(const Instruction* program, const Instruction* end) {
+  CommonLimits limits{INT64_MAX, 1};
+  for (const Instruction* i = program; i != end; ++i) {
+    if (i->operation != Operation::kPagedAttention) continue;
+    const CommonLimits own = common_limits(i->query_heads, i->kv_heads, i->head_size);
+    limits = {std::min(limits.most, own.most), std::max(limits.wanted, own.wanted)};
+  }
+  return limits;
+}
+
 class Runner {
  public:
-  explicit Runner(const Step& step)
+  Runner(const Instruction* program, const Instruction* end, const Step& step)
       : step_(step),
         prefixes_(step.query_starts, step.context_lens, step.block_tables, step.table_stride, step.sequences,
-                  step.block_size) {}
+                  step.block_size, common_limits_of(program, end)) {}
 
   // `next` is the instruction after i, or nullptr.
   void run(const Instruction& i, const Instruction* next) {
@@ -184,8 +197,8 @@ Finding check_step(const Instruction* program, int64_t count, const Step& step) 
 }
 
 void run_step(const Instruction* program, int64_t count, const Step& step) {
-  Runner runner(step);
   const Instruction* const end = program + count;
+  Runner runner(program, end, step);
   const Instruction* product = announce_product(program, end);
   int64_t before = step.nanoseconds == nullptr ? 0 : now_ns();
   for (const Instruction* i = program; i != end; ++i) {
