@@ -57,6 +57,13 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path: Path) ->
     assert list(output.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_to_is_named_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(BuildError, match=r"cannot be kept in .*file/kernels: Not a directory\. Make room there"):
+        build.build(tmp_path / "file" / "kernels", BuildOptions(compiler="true"))
+
+
 def an_elf_file() -> bytes:
     """A header that says that one section of 64 bytes is described behind it, and that description."""
     header = bytearray(64)

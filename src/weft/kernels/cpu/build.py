@@ -128,6 +128,18 @@ def build(output_dir: Path, options: BuildOptions | None = None) -> Path:
     if is_whole(library):
         return library
     compiler = find_compiler(options)
+    try:
+        _build_once(compiler, library, options)
+    except OSError as error:
+        raise BuildError(
+            f"compiled kernels cannot be kept in {output_dir}: {error.strerror}. Make room there, or run "
+            f"`python -m weft.kernels.cpu.build` once as somebody who may write to {SOURCE_DIR}"
+        ) from error
+    return library
+
+
+def _build_once(compiler: str, library: Path, options: BuildOptions) -> None:
+    output_dir = library.parent
     output_dir.mkdir(parents=True, exist_ok=True)
     with _build_lock(output_dir):
         if not is_whole(library):
@@ -137,7 +149,6 @@ def build(output_dir: Path, options: BuildOptions | None = None) -> Path:
                     os.fsync(written.fileno())
                 finished.replace(library)
             _remove_stale(library)
-    return library
 
 
 def is_whole(library: Path) -> bool:
