@@ -271,6 +271,9 @@ def bench_logits(bench: Bench) -> None:
             "greedy": lambda logits=logits: ops.greedy(logits),
             "token_logprobs": lambda logits=logits, numbers=numbers: ops.token_logprobs(logits, numbers),
             "race": lambda logits=logits, numbers=numbers: ops.race(logits, numbers, numbers),
+            "draw": lambda logits=logits, numbers=numbers: ops.draw(
+                logits, torch.full((len(numbers),), 0.8), numbers, numbers, numbers >= 0
+            ),
         }
         compare(bench, rows, cases)
 

@@ -219,6 +219,12 @@ def _race(dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     return (ops.race(logits, seeds, positions),), (reference.race(logits, seeds, positions),)
 
 
+def _drawn(dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    logits, seeds, positions = _draw(dtype, 4, 1000), torch.tensor([1, 2, 3, -4]), torch.tensor([0, 9, 5, 77])
+    asked = torch.tensor([0.5, 1.0, 2.0, 0.7]), seeds, positions, torch.tensor([True, True, False, False])
+    return ops.draw(logits, *asked), reference.draw(logits, *asked)
+
+
 _CASES = {
     "linear": _Case(run=_linear),
     "embedding": _Case(run=_embedding),
@@ -232,6 +238,7 @@ _CASES = {
     "greedy": _Case(run=_greedy, takes_dtypes=False),
     "token_logprobs": _Case(run=_token_logprobs, takes_dtypes=False),
     "race": _Case(run=_race, takes_dtypes=False, is_exact=True),
+    "draw": _Case(run=_drawn, takes_dtypes=False),
 }
 
 

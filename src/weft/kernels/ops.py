@@ -68,6 +68,8 @@ TOLERANCES = {
     # Far from zero tanh is flat: its own error is absolute.
     "softcap": Tolerance(2.0, 16.0),
     "race": Tolerance(0.0, 0.0),
+    # Ids are exact; of the rest as of `token_logprobs`.
+    "draw": Tolerance(1.0, 64.0),
 }
 
 
@@ -341,6 +343,33 @@ def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
         _require(x.shape == logits.shape[:1] and x.dtype == torch.int64, name, "be [S] int64", x)
     ids: torch.Tensor = _find("race", logits)(logits, seeds, positions)
     return ids
+
+
+def draw(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    is_raw: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sample of each row at its temperature, and its log-probability: in the row itself, or at that temperature.
+
+    The same bits as, one after the other, subtracting a row's best logit and dividing by the temperature (a row of
+    temperature 1 stays as it is), `race`, and `token_logprobs`. A row that `race` gives -1 has log-probability NaN.
+
+    Shapes  logits `[S, V]` float32, temperatures `[S]` float32 > 0, seeds and positions as for `race`, is_raw `[S]`
+            bool: the log-probability before the temperature → `[S]` int64, `[S]` float32
+    """
+    _require_logits(logits)
+    for name, x, dtype in (
+        ("temperatures", temperatures, torch.float32),
+        ("seeds", seeds, torch.int64),
+        ("positions", positions, torch.int64),
+        ("is_raw", is_raw, torch.bool),
+    ):
+        _require(x.shape == logits.shape[:1] and x.dtype == dtype and x.is_contiguous(), name, f"be [S] {dtype}", x)
+    both: tuple[torch.Tensor, torch.Tensor] = _find("draw", logits)(logits, temperatures, seeds, positions, is_raw)
+    return both
 
 
 def _find(operation: str, x: torch.Tensor, pool: torch.Tensor | None = None) -> Callable[..., Any]:

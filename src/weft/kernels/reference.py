@@ -232,3 +232,18 @@ def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
     best = keys.amax(dim=-1)
     ids = (keys == best[:, None]).to(torch.int8).argmax(dim=-1)
     return ids.masked_fill(~torch.isfinite(best), -1)
+
+
+def draw(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    is_raw: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temperature, race, log-softmax."""
+    tempered = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+    scores = torch.where((temperatures == 1.0)[:, None], logits, tempered)
+    ids = race(scores, seeds, positions)
+    logprobs = token_logprobs(torch.where(is_raw[:, None], logits, scores), ids.clamp(min=0))
+    return ids, logprobs.masked_fill(ids < 0, float("nan"))

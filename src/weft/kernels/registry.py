@@ -63,6 +63,7 @@ OPERATIONS = (
     "greedy",
     "token_logprobs",
     "race",
+    "draw",
 )
 
 

@@ -37,6 +37,8 @@ void weft_rms_norm(const void*, int64_t, int64_t, int64_t, const void*, const vo
 void weft_gated_activation(const void*, int64_t, void*, int64_t, int64_t, int32_t, int32_t);
 void weft_greedy(const float*, int64_t, int64_t, int64_t, int64_t*, float*);
 int64_t weft_token_logprobs(const float*, int64_t, int64_t, int64_t, const int64_t*, float*);
+void weft_draw(const float*, int64_t, int64_t, int64_t, const float*, const int64_t*, const int64_t*, const uint8_t*,
+               int64_t*, float*);
 void weft_race(const float*, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, int64_t*);
 int64_t weft_quantized_bytes(int64_t, int64_t, const weft::QuantizedFormat*);
 void weft_quantize_weight(const void*, int64_t, int32_t, int64_t, int64_t, int64_t, int64_t, void*,
@@ -216,6 +218,12 @@ void logits(Results& results) {
     keep(results, logprobs);
     weft_race(scores.floats(), width, count, width, seeds.data(), positions.data(), ids.data());
     keep(results, ids);
+    const std::vector<float> temperatures = {1.0f, 0.5f, 2.0f};
+    const std::vector<uint8_t> is_raw = {0, 1, 0};
+    weft_draw(scores.floats(), width, count, width, temperatures.data(), seeds.data(), positions.data(), is_raw.data(),
+              ids.data(), logprobs.data());
+    keep(results, ids);
+    keep(results, logprobs);
   }
 }
 

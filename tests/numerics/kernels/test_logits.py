@@ -122,6 +122,52 @@ def test_the_race_draws_from_the_softmax(kernel_set: str) -> None:
     assert float(((counts - expected)[kept].square() / expected[kept]).sum()) < 24.3
 
 
+def random_draws(rows: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Temperatures (a third of them 1), seeds, positions, whether log-probabilities are of the logits themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    temperatures = torch.rand(rows, generator=generator) * 2 + 0.01
+    temperatures[torch.rand(rows, generator=generator) < 0.33] = 1.0
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+    positions = torch.randint(0, 100_000, (rows,), generator=generator)
+    return temperatures, seeds, positions, torch.rand(rows, generator=generator) < 0.5
+
+
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_a_draw_has_the_bits_of_its_parts_one_after_the_other(compiled: str, rows: int, width: int) -> None:
+    logits = random_logits(rows, width)
+    logits[:, ::3] = -INFINITY if width > 1 else 0.0
+    temperatures, seeds, positions, is_raw = random_draws(rows, width)
+    ids, logprobs = ops.draw(logits, temperatures, seeds, positions, is_raw)
+
+    tempered = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+    scores = torch.where((temperatures == 1.0)[:, None], logits, tempered)
+    assert torch.equal(ids, ops.race(scores, seeds, positions))
+    reported = torch.where(is_raw[:, None], logits, scores)
+    assert torch.equal(logprobs.view(torch.int32), ops.token_logprobs(reported, ids).view(torch.int32))
+
+
+def test_a_draw_of_a_row_is_the_same_alone(compiled: str) -> None:
+    logits, asked = random_logits(9, 20_000), random_draws(9)
+    ids, logprobs = ops.draw(logits, *asked)
+
+    for row in range(9):
+        own = slice(row, row + 1)
+        alone = ops.draw(logits[own], *(column[own] for column in asked))
+        assert torch.equal(alone[0], ids[own])
+        assert torch.equal(alone[1].view(torch.int32), logprobs[own].view(torch.int32))
+
+
+@pytest.mark.parametrize("temperature", [torch.finfo(torch.float32).tiny, 0.5, 1.0])
+def test_a_draw_from_a_row_without_meaning_names_no_token(kernel_set: str, temperature: float) -> None:
+    logits = random_logits(5, 10_000)
+    logits[1, 9_000], logits[2, 17], logits[3] = float("nan"), INFINITY, -INFINITY
+    numbers = torch.arange(5)
+    ids, logprobs = ops.draw(logits, torch.full((5,), temperature), numbers, numbers, numbers % 2 == 0)
+
+    assert [int(token_id) == -1 for token_id in ids] == [False, True, True, True, False]
+    assert logprobs.isnan().tolist() == [False, True, True, True, False]
+
+
 def test_a_row_of_the_race_depends_on_its_own_seed_and_position_only(compiled: str) -> None:
     logits = random_logits(9, 5000)
     seeds, positions = torch.arange(9) * 7, torch.arange(9) * 13

@@ -188,6 +188,13 @@ WEFT_EXPORT int64_t weft_token_logprobs(const float* logits, int64_t stride, int
   return 0;
 }
 
+WEFT_EXPORT void weft_draw(const float* logits, int64_t stride, int64_t rows, int64_t width, const float* temperatures,
+                           const int64_t* seeds, const int64_t* positions, const uint8_t* is_raw, int64_t* ids,
+                           float* logprobs) {
+  const Session session;
+  draw({logits, stride, width, temperatures, seeds, positions, is_raw, ids, logprobs}, rows);
+}
+
 WEFT_EXPORT void weft_race(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* seeds,
                            const int64_t* positions, int64_t* ids) {
   const Session session;

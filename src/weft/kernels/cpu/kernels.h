@@ -221,6 +221,8 @@ struct KernelTable {
   void (*scale_row)(void* x, DataType dtype, float factor, int64_t width);
   void (*softcap_row)(float* x, float cap, int64_t width);
   LogitRun (*scan_logits)(const float* logits, int64_t first_index, int64_t count);
+  // (logit - best) / temperature.
+  void (*temper)(const float* logits, int64_t count, float best, float temperature, float* out);
   RaceRun (*race)(const float* logits, int64_t first_index, int64_t count, uint64_t seed, uint64_t position,
                   float* scratch);
 };

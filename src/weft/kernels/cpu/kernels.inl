@@ -1432,6 +1432,13 @@ LogitRun scan_logits(const float* logits, int64_t first_index, int64_t count) {
   return run;
 }
 
+void temper(const float* logits, int64_t count, float best, float temperature, float* out) {
+  const Floats largest = set(best), divisor = set(temperature);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store_up_to(out + i, divide(subtract(load_logits(logits + i, count - i), largest), divisor), count - i);
+  }
+}
+
 // Random words of 4 · kLanes vocabulary ids from `first_index` (a multiple of 4) on. See philox.py for the layout.
 WEFT_INLINE void random_words(int64_t first_index, uint64_t seed, uint64_t position, uint32_t* out) {
   const Words multiplier_0 = set_words(0xD2511F53u), multiplier_1 = set_words(0xCD9E8D57u);
@@ -1543,6 +1550,7 @@ const KernelTable WEFT_TABLE = {
     scale_row,
     softcap_row,
     scan_logits,
+    temper,
     race,
 };
 

@@ -73,6 +73,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "weft_greedy": (None, (*_LOGITS, _POINTER, _POINTER)),
     "weft_token_logprobs": (_SIZE, (*_LOGITS, _POINTER, _POINTER)),
     "weft_race": (None, (*_LOGITS, _POINTER, _POINTER, _POINTER)),
+    "weft_draw": (None, (*_LOGITS, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)),
 }
 
 

@@ -175,6 +175,20 @@ RowSummary summarize(const LogitRun* runs, int64_t count) {
   return summary;
 }
 
+// The winner of a row's runs; -1 when the row means nothing.
+int64_t winner(const RaceRun* runs, int64_t count) {
+  double best = -std::numeric_limits<double>::infinity();
+  int64_t id = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (runs[i].has_nan || runs[i].best == std::numeric_limits<double>::infinity()) return -1;
+    if (runs[i].best > best) {
+      best = runs[i].best;
+      id = runs[i].best_index;
+    }
+  }
+  return id;
+}
+
 }  // namespace
 
 const KernelTable& kernels() { return *chosen_kernels(); }
@@ -401,19 +415,47 @@ void race(const float* logits, int64_t stride, int64_t rows, int64_t width, cons
                                    static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(positions[row]), scratch);
     }
   });
+  for (int64_t row = 0; row < rows; ++row) ids[row] = winner(runs + row * per_row, per_row);
+}
+
+void draw(const DrawArguments& a, int64_t rows) {
+  const int64_t per_row = divide_up(a.width, kRunLogits), count = rows * per_row;
+  const int64_t bytes = count * (2 * sizeof(LogitRun) + sizeof(RaceRun)) + rows * sizeof(RowSummary);
+  LogitRun* const raw = static_cast<LogitRun*>(session_scratch(bytes));
+  LogitRun* const tempered = raw + count;
+  RaceRun* const races = reinterpret_cast<RaceRun*>(tempered + count);
+  RowSummary* const summaries = reinterpret_cast<RowSummary*>(races + count);
+  scan_rows(a.logits, a.stride, rows, a.width, raw);
+  for (int64_t row = 0; row < rows; ++row) summaries[row] = summarize(raw + row * per_row, per_row);
+  const int64_t scratch_floats = kRaceScratchBytes / static_cast<int64_t>(sizeof(float));
+  split(count, kRunLogits * 0.4, [&](int64_t first, int64_t end, int thread) {
+    float* const scratch = static_cast<float*>(thread_scratch(thread, kRaceScratchBytes + kRunLogits * sizeof(float)));
+    for (int64_t index = first; index < end; ++index) {
+      const int64_t row = index / per_row, start = index % per_row * kRunLogits;
+      const int64_t length = std::min(kRunLogits, a.width - start);
+      const float* logits = a.logits + row * a.stride + start;
+      if (a.temperatures[row] != 1.0f) {
+        float* const changed = scratch + scratch_floats;
+        kernels().temper(logits, length, summaries[row].best, a.temperatures[row], changed);
+        logits = changed;
+        if (a.is_raw[row] == 0) tempered[index] = kernels().scan_logits(logits, start, length);
+      }
+      races[index] = kernels().race(logits, start, length, static_cast<uint64_t>(a.seeds[row]),
+                                    static_cast<uint64_t>(a.positions[row]), scratch);
+    }
+  });
   for (int64_t row = 0; row < rows; ++row) {
-    double best = -std::numeric_limits<double>::infinity();
-    ids[row] = -1;
-    for (int64_t i = 0; i < per_row; ++i) {
-      const RaceRun& run = runs[row * per_row + i];
-      if (run.has_nan || run.best == std::numeric_limits<double>::infinity()) {
-        ids[row] = -1;
-        break;
-      }
-      if (run.best > best) {
-        best = run.best;
-        ids[row] = run.best_index;
-      }
+    a.ids[row] = winner(races + row * per_row, per_row);
+    a.logprobs[row] = std::numeric_limits<float>::quiet_NaN();
+    if (a.ids[row] < 0) continue;
+    RowSummary summary = summaries[row];
+    float logit = a.logits[row * a.stride + a.ids[row]];
+    if (a.temperatures[row] != 1.0f && a.is_raw[row] == 0) {
+      logit = (logit - summary.best) / a.temperatures[row];
+      summary = summarize(tempered + row * per_row, per_row);
+    }
+    if (summary.is_sound) {
+      a.logprobs[row] = static_cast<float>(static_cast<double>(logit) - summary.best - summary.log_sum);
     }
   }
 }

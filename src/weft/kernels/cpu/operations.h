@@ -38,6 +38,19 @@ void gated_activation(const GateArguments& arguments, int64_t rows, const Afterw
 void greedy(const float* logits, int64_t stride, int64_t rows, int64_t width, int64_t* ids, float* logprobs);
 void token_logprobs(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* ids,
                     float* logprobs);
+// Temperatures of 1 change nothing; log-probabilities are of the logits where `is_raw`, else of what they became.
+struct DrawArguments {
+  const float* logits;
+  int64_t stride;
+  int64_t width;
+  const float* temperatures;
+  const int64_t* seeds;
+  const int64_t* positions;
+  const uint8_t* is_raw;
+  int64_t* ids;
+  float* logprobs;
+};
+void draw(const DrawArguments& arguments, int64_t rows);
 void race(const float* logits, int64_t stride, int64_t rows, int64_t width, const int64_t* seeds,
           const int64_t* positions, int64_t* ids);
 

@@ -298,3 +298,29 @@ def race(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
         ids.data_ptr(),
     )
     return ids
+
+
+def draw(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    is_raw: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two passes over the logits: what they sum to, then temperature and race in pieces that stay in the cache."""
+    rows, width = logits.shape
+    ids = torch.empty(rows, dtype=torch.int64)
+    logprobs = torch.empty(rows, dtype=torch.float32)
+    library().weft_draw(
+        logits.data_ptr(),
+        logits.stride(0),
+        rows,
+        width,
+        temperatures.data_ptr(),
+        seeds.data_ptr(),
+        positions.data_ptr(),
+        is_raw.data_ptr(),
+        ids.data_ptr(),
+        logprobs.data_ptr(),
+    )
+    return ids, logprobs

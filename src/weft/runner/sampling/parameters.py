@@ -38,6 +38,9 @@ class Uses:
 CHANGES_SCORES = Uses.CHANCE - 1
 """The bits of everything that happens between the logits and the choice."""
 
+MORE_THAN_A_DRAW = CHANGES_SCORES & ~Uses.TEMPERATURE | Uses.TOP_TOKENS
+"""The bits of everything that a temperature, a draw and its log-probability do not answer."""
+
 NEEDS_SAMPLER = ~Uses.RAW_LOGPROB
 """The bits of everything that the best token and its log-probability do not answer."""
 

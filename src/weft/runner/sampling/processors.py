@@ -15,7 +15,7 @@ from weft.kernels import ops
 from weft.runner.sampling.largest import largest
 
 _MAX_SCORE = torch.finfo(torch.float32).max
-_MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
+MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 _CANDIDATES = (64, 1024)
 """A nucleus is looked for among so many best tokens before the whole vocabulary is sorted, which is 50 times dearer."""
 
@@ -67,7 +67,7 @@ def scale_by_temperature(scores: torch.Tensor, temperatures: torch.Tensor) -> No
     others to -inf instead of the best ones to +inf.
     """
     scores -= scores.amax(dim=-1, keepdim=True)
-    scores /= temperatures.clamp(min=_MIN_TEMPERATURE)[:, None]
+    scores /= temperatures.clamp(min=MIN_TEMPERATURE)[:, None]
 
 
 def keep_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> None:

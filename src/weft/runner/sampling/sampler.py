@@ -27,6 +27,7 @@ from weft.runner.sampling import processors
 from weft.runner.sampling.logprobs import top_tokens
 from weft.runner.sampling.parameters import (
     CHANGES_SCORES,
+    MORE_THAN_A_DRAW,
     NEEDS_SAMPLER,
     Int64Array,
     ParameterTable,
@@ -63,6 +64,11 @@ class _Rows:
     def using(self, use: int) -> Int64Array:
         """Numbers of the rows that use something, ascending."""
         return np.flatnonzero(self.uses & use)
+
+    @property
+    def are_plain_draws(self) -> bool:
+        """Every row is a draw with or without a temperature, and asks for nothing else."""
+        return bool((self.uses & Uses.CHANCE).all()) and not (self.uses & MORE_THAN_A_DRAW).any()
 
     def pick(self, chosen: Int64Array) -> "_Rows":
         return _Rows(self.slots[chosen], self.positions[chosen], self.uses[chosen])
@@ -123,6 +129,8 @@ class Sampler:
         rows = _Rows(slots, positions, self._table.uses[slots])
         if not masks and not (rows.uses & NEEDS_SAMPLER).any():
             return SampledTokens(*ops.greedy(logits))
+        if not masks and rows.are_plain_draws:
+            return SampledTokens(*self._draw(logits, rows))
         scores = logits
         if masks or (rows.uses & CHANGES_SCORES).any():
             scores = logits.clone()
@@ -147,6 +155,17 @@ class Sampler:
             place = self._tensor(own)
             logprobs[place] = ops.token_logprobs(_take(reported, own), known_ids[place])
         return SampledTokens(token_ids, logprobs, tops)
+
+    def _draw(self, logits: torch.Tensor, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self._table
+        temperatures = np.where(rows.uses & Uses.TEMPERATURE, table.temperature[rows.slots], np.float32(1))
+        return ops.draw(
+            logits,
+            self._tensor(np.maximum(temperatures, processors.MIN_TEMPERATURE, dtype=np.float32)),
+            self._tensor(table.seeds[rows.slots]),
+            self._tensor(rows.positions),
+            self._tensor((rows.uses & Uses.RAW_LOGPROB) != 0),
+        )
 
     def _process(
         self, scores: torch.Tensor, rows: _Rows, last_token_ids: torch.Tensor | None, masks: Mapping[int, torch.Tensor]
