@@ -8,8 +8,9 @@ because attention makes a late token of a prompt dearer than an early one. `Pref
 target leaves into a `StepBudget`, and each chunk of the step takes from it the tokens it can pay for at its position.
 
 Old observations fade, one outlier counts no more than a few times what was expected, so neither a hiccup nor a change
-of load misleads it for long. The slope outlives a run of prompts that say nothing about it. A few tokens may cost no
-more than none (the weights are read anyway), so a chunk grows by steps, each one measured.
+of load misleads it for long. The slope outlives a run of prompts that say nothing about it; until the first long one it
+is what the model's shape lets expect. A few tokens may cost no more than none (the weights are read anyway), so a chunk
+grows by steps, each one measured.
 """
 
 from math import sqrt
@@ -35,9 +36,10 @@ def attended_positions(first_position: int, num_tokens: int) -> float:
 class StepCostModel:
     """Running estimates of what decode rows and prompt tokens cost, in nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention_cost: float = 0.0) -> None:
+        """See `SchedulerConfig.attention_cost`."""
         self._decode = _DecodeCost()
-        self.prefill = PrefillCost()
+        self.prefill = PrefillCost(attention_cost)
 
     def decode_ns(self, num_rows: int) -> float:
         """Expected duration of a step of decode rows alone: never falling with their number, never negative."""
@@ -92,7 +94,10 @@ class PrefillCost:
     Chunks count by their tokens: large ones say more about the cost of a token than small ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attention_cost: float = 0.0) -> None:
+        """See `SchedulerConfig.attention_cost`."""
+        self._attention_cost = attention_cost
+        self._is_slope_measured = False
         self._num_samples = 0
         self._tokens = 0.0
         self._positions = 0.0
@@ -147,17 +152,23 @@ class PrefillCost:
         return self._farthest * _TRUSTED_GROWTH
 
     def _fit(self) -> None:
-        """Least squares, base ≥ 0 and slope ≥ 0. While all chunks are near one position the slope stays as it was."""
+        """Least squares, base ≥ 0 and slope ≥ 0. While all chunks are near one position the slope stays as it was.
+
+        Before it was ever measured it is `attention_cost` times the base.
+        """
         mean_position = self._positions / self._tokens
         mean_ns = self._ns / self._tokens
         variance = self._positions_squared / self._tokens - mean_position**2
         if variance >= _MIN_SPREAD_POSITIONS**2:
+            self._is_slope_measured = True
             covariance = self._positions_times_ns / self._tokens - mean_position * mean_ns
             self._slope_ns = max(covariance / variance, 0.0)
             if self._slope_ns * mean_position > mean_ns:  # the base would be negative: the best line through zero
                 self._slope_ns = self._positions_times_ns / self._positions_squared
-        else:
+        elif self._is_slope_measured:
             self._slope_ns = min(self._slope_ns, mean_ns / mean_position)
+        else:
+            self._slope_ns = self._attention_cost * mean_ns / (1.0 + self._attention_cost * mean_position)
         self._base_ns = max(mean_ns - self._slope_ns * mean_position, 0.0)
 
 
@@ -165,7 +176,7 @@ class PrefillBudget:
     """What prompts may take of each step, beside its decode rows."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self.costs = StepCostModel()
+        self.costs = StepCostModel(config.attention_cost)
         self._block_size = config.block_size_tokens
         self._max_tokens = config.prefill_budget_tokens
         self._target_ns = config.inter_token_target_ns

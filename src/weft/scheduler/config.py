@@ -48,6 +48,9 @@ class SchedulerConfig:
     inter_token_target_ns: int | None = None
     """Time between two tokens of a running sequence that prefill chunks must not exceed; None = no target. A step
     without running sequences may last four times as long, so that newcomers and aborts are noticed."""
+    attention_cost: float = 0.0
+    """What a prompt token is assumed to cost per position it attends to, as a share of its cost without attention,
+    until a long prompt was measured."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,6 +75,7 @@ class SchedulerConfig:
             )
         if self.inter_token_target_ns is not None:
             _require(self.inter_token_target_ns > 0, "inter_token_target_ns", self.inter_token_target_ns, "positive")
+        _require(self.attention_cost >= 0, "attention_cost", self.attention_cost, "at least 0")
         _require(
             MIN_PREFIX_KEY_BYTES <= len(self.prefix_key) <= MAX_PREFIX_KEY_BYTES,
             "prefix_key length",

@@ -37,6 +37,8 @@ def test_a_directory_is_described_by_its_configuration(tmp_path: Path) -> None:
     # 32·8 embedding; q 8·8, k and v 4·8 each, o 8·8; three times 16·8; three norms of 8.
     assert found.num_parameters == 256 + 64 + 2 * 32 + 64 + 3 * 128 + 3 * 8
     assert found.weights_bytes("bfloat16") == 2 * found.num_parameters
+    # A position costs 8 multiply-adds with the query and 8 with the weights; linear layers as above.
+    assert found.spec.attention_cost == (8 + 8) / (64 + 2 * 32 + 64 + 3 * 128)
     assert found.kv_bytes_per_token("float32") == 2 * 1 * 4 * 4
 
 

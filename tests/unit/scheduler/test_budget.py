@@ -208,6 +208,28 @@ def test_one_context_tells_nothing_about_another() -> None:
     assert cost.token_ns(0) == pytest.approx(300_000, rel=0.1)
 
 
+def test_until_a_long_prompt_was_measured_the_slope_is_assumed_from_the_shape() -> None:
+    cost = PrefillCost(attention_cost=0.001)
+    for _ in range(3):
+        cost.observe(128, 500.0, 128 * 150_000.0)
+
+    assert cost.token_ns(500) == pytest.approx(150_000)
+    assert cost.token_ns(0) == pytest.approx(100_000)
+    assert cost.token_ns(2000) == pytest.approx(300_000)
+
+
+def test_what_was_measured_outweighs_what_was_assumed() -> None:
+    cost = PrefillCost(attention_cost=0.001)
+    for position in range(50, 4000, 100):
+        cost.observe(100, float(position), 100 * (100_000.0 + 20 * position))
+
+    assert cost.token_ns(0) == pytest.approx(100_000)
+    assert cost.token_ns(4000) == pytest.approx(180_000)
+    for _ in range(200):
+        cost.observe(100, 50.0, 100 * 101_000.0)
+    assert cost.token_ns(4000) - cost.token_ns(0) == pytest.approx(80_000, rel=0.01)
+
+
 def test_costs_that_fall_with_the_position_are_taken_as_flat() -> None:
     cost = PrefillCost()
     for position in range(50, 4000, 100):

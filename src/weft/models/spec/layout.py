@@ -132,3 +132,14 @@ class DecoderSpec:
         linears = sum(linear.num_parameters for layer in self.layers for linear in layer.linears())
         norms = sum(norm.size for layer in self.layers for norm in layer.norms())
         return embeddings + linears + norms + self.final_norm.size
+
+    @property
+    def attention_cost(self) -> float:
+        """Multiply-adds of a token per position it attends to, as a share of those in its linear layers.
+
+        Layers with a window are left out: what they see does not grow.
+        """
+        attended = sum(
+            2 * layer.mixer.num_heads * layer.mixer.head_dim for layer in self.layers if not layer.mixer.window
+        )
+        return attended / sum(linear.num_parameters for layer in self.layers for linear in layer.linears())
