@@ -65,6 +65,7 @@ def weft_servers(forms: ModelForms) -> list[Server]:
     servers = [
         _weft("weft bf16", "bf16", "bf16", directory),
         _weft("weft int8", "int8", "int8", directory, "--quantize", "int8"),
+        _weft("weft int8 + int8 KV", "int8", "int8", directory, "--quantize", "int8", "--kv-cache-dtype", "int8"),
         _weft("weft int4", "int4", "int4", directory, "--quantize", "int4"),
     ]
     packed = forms.q4_0_gguf if forms.q4_0_gguf.exists() else forms.original_gguf
