@@ -122,7 +122,8 @@ async def serve_rank_zero(settings: Settings, run_dir: Path, world_size: int) ->
         return 0
     try:
         started = await loading
-    except StartupError:
+    except BaseException:
+        # One that still listens when its loop is gone adds a traceback of its own to the reason.
         await server.stop(None)
         raise
     fatal: list[EngineFatal] = []
