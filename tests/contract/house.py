@@ -18,6 +18,7 @@ from weft.errors import TemplateError
 from weft.router.app import build_app
 from weft.router.backend import Script, ScriptedBackend
 from weft.router.context import RouterContext
+from weft.router.exchange import FLOW_KEY
 from weft.router.lifecycle import Progress, ServerState
 from weft.router.served import ServedModel
 from weft.text.tokenizer import Tokenizer
@@ -133,12 +134,14 @@ class House:
         path: str,
         body: object = None,
         headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        knows_flow: bool = False,
     ) -> AsyncIterator["Answer"]:
-        """An exchange that goes on while the block runs."""
+        """An exchange that goes on while the block runs. `knows_flow`: sending at once is possible, as on a socket."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         names = {name.lower() for name in headers}
         extra = {} if method != "POST" or "content-type" in names else {"content-type": "application/json"}
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http",
             "method": method,
             "path": path.partition("?")[0],
@@ -147,6 +150,8 @@ class House:
             "headers": [(k.lower().encode(), v.encode("latin-1")) for k, v in ({**extra, **headers}).items()],
         }
         answer = Answer()
+        if knows_flow:
+            scope[FLOW_KEY] = answer
         sent = False
 
         async def receive() -> dict[str, Any]:
@@ -206,6 +211,10 @@ class Answer:
 
     def leave(self) -> None:
         self.left.set()
+
+    @property
+    def write_paused(self) -> bool:
+        return not self.reads.is_set()
 
     @property
     def body(self) -> bytes:

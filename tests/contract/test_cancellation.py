@@ -29,6 +29,11 @@ STREAMS = {
 }
 
 
+def event_names(answer: Answer) -> list[bytes]:
+    """In order; routes that name no events have none."""
+    return [line for line in answer.body.splitlines() if line.startswith(b"event: ")]
+
+
 def everything_is_free(house: House) -> bool:
     return (
         house.context.admission.used == 0
@@ -228,12 +233,14 @@ class TestSlowReaders:
 
         assert answer.events[-1]["generated_text"] == "ab"
 
+    @pytest.mark.parametrize("knows_flow", [False, True])
     @pytest.mark.parametrize("path", list(STREAMS))
-    async def test_a_stream_that_waits_long_for_its_first_token_opens_with_a_comment(self, path: str):
+    async def test_a_stream_that_waits_long_for_its_first_token_opens_with_a_comment(self, path: str, knows_flow: bool):
         """Silence of a minute is what proxies take for death; TGI opens every stream at once."""
         steps = asyncio.Semaphore(0)
         house = build_house(say("ab"), steps=steps)
-        async with house.exchange("POST", path, STREAMS[path] | {"stream": True}) as answer:
+        body = STREAMS[path] | {"stream": True}
+        async with house.exchange("POST", path, body, knows_flow=knows_flow) as answer:
             await self.wait_in_queue(house, answer, seconds=14)
             assert answer.status == 0
             await self.wait_in_queue(house, answer, seconds=2)
@@ -243,8 +250,9 @@ class TestSlowReaders:
                 steps.release()
             await answer.finished()
 
-        quick = await build_house(say("ab")).post(path, STREAMS[path] | {"stream": True})
+        quick = await build_house(say("ab")).post(path, body)
         assert answer.body.count(b"data: ") == quick.body.count(b"data: ")
+        assert event_names(answer) == event_names(quick)
         assert house.context.metrics.gauge("weft_streams_open").value() == 0
 
     @pytest.mark.parametrize("path", list(STREAMS))

@@ -77,7 +77,8 @@ class Generation:
     async def progress(self, show: Show | None = None) -> AsyncGenerator[Progress, None]:
         """(sequence, its new events) until every sequence has ended. Raises RequestError when any fails.
 
-        `show`: is offered the events of a lone sequence first, as they arrive; what it showed is not repeated here.
+        `show`: is offered the events of a lone sequence first, as they arrive; what it showed is not repeated here. The
+        first event never is: with it an answer begins, whether or not a comment has opened its stream before.
         """
         if len(self._requests) > 1:
             async with aclosing(_merge(self._context.backend, self._requests, self.sequences)) as merged:
@@ -98,7 +99,7 @@ class Generation:
     def _taker(self, show: Show) -> Taker:
         def take(event: TokenEvent) -> bool:
             batch = (event,)
-            if not show(batch):
+            if event.prompt is not None or not show(batch):
                 return False
             self._account(0, batch)
             return True
